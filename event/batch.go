@@ -1,0 +1,93 @@
+package event
+
+import "sync"
+
+// Mark says: once the first Events events of the batch and all of the batches before it are delivered, everything in the log
+// before LSN is. It stands for the end of a transaction or for a keepalive.
+type Mark struct {
+	Events int
+	LSN    LSN
+}
+
+// Batch is a run of events in order, together with the memory that they point into. A batch may begin and end anywhere in a
+// transaction. It is used by one goroutine at a time, and handed on.
+type Batch struct {
+	Events []Event
+	// Marks are in order of Events and LSN.
+	Marks []Mark
+
+	headers []Header
+	arena   []byte
+	size    int
+}
+
+// maxPooledArena keeps a batch that carried one giant payload from holding its memory for ever.
+const maxPooledArena = 4 << 20
+
+var batches = sync.Pool{New: func() any { return new(Batch) }}
+
+// NewBatch returns an empty batch, which may bring memory from one that was released.
+func NewBatch() *Batch { return batches.Get().(*Batch) }
+
+// Release gives the batch's memory to a later [NewBatch]. Neither b nor any event that it carried may be used afterwards.
+func (b *Batch) Release() {
+	if cap(b.arena) > maxPooledArena {
+		return
+	}
+	b.Reset()
+	batches.Put(b)
+}
+
+// Reset empties b and keeps its memory.
+func (b *Batch) Reset() {
+	clear(b.Events)
+	clear(b.headers)
+	b.Events, b.Marks, b.headers, b.arena, b.size = b.Events[:0], b.Marks[:0], b.headers[:0], b.arena[:0], 0
+}
+
+// Size returns the number of content bytes that the batch holds.
+func (b *Batch) Size() int { return b.size }
+
+// Copy copies p into the batch's memory. The copy of an empty p is empty and not nil; that of nil is nil.
+func (b *Batch) Copy(p []byte) []byte {
+	switch {
+	case p == nil:
+		return nil
+	case len(p) == 0:
+		return []byte{}
+	}
+	return append(b.Alloc(len(p))[:0], p...)
+}
+
+// Alloc returns n bytes of the batch's memory, whose content is undefined.
+func (b *Batch) Alloc(n int) []byte {
+	b.size += n
+	if cap(b.arena)-len(b.arena) < n {
+		// What was handed out stays valid in the old block, which the garbage collector keeps for as long as it is used.
+		b.arena = make([]byte, 0, max(2*cap(b.arena), n, 64<<10))
+	}
+	start := len(b.arena)
+	b.arena = b.arena[:start+n]
+	return b.arena[start : start+n : start+n]
+}
+
+// AddHeader adds a header for the event that is being built, which gets them by [Batch.TakeHeaders].
+func (b *Batch) AddHeader(h Header) { b.headers = append(b.headers, h) }
+
+// TakeHeaders returns the last n headers added, in order, or nil when n is 0.
+func (b *Batch) TakeHeaders(n int) []Header {
+	if n == 0 {
+		return nil
+	}
+	return b.headers[len(b.headers)-n : len(b.headers) : len(b.headers)]
+}
+
+// MarkEnd appends a mark behind the events that the batch holds now. A mark that nothing separates from the one before it
+// replaces that one, so that a run of empty transactions takes no memory.
+func (b *Batch) MarkEnd(lsn LSN) {
+	if n := len(b.Marks); n > 0 && b.Marks[n-1].Events == len(b.Events) {
+		b.Marks[n-1].LSN = max(b.Marks[n-1].LSN, lsn)
+		return
+	}
+	b.Marks = append(b.Marks, Mark{Events: len(b.Events), LSN: lsn})
+}
