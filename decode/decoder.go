@@ -1,0 +1,249 @@
+// Package decode turns what pgoutput sends, and rows that were read from a buffer table, into events.
+package decode
+
+import (
+	"fmt"
+	"time"
+
+	"ebb/event"
+)
+
+// Config says what a [Decoder] makes of the messages.
+type Config struct {
+	// Epoch is that of every event's position.
+	Epoch uint32
+	// Buffers are the tables whose rows are events; none stands for [Managed].
+	Buffers []Buffer
+	// SkipThrough is the position of the last event that the destination holds already: the events up to it are left out.
+	SkipThrough event.Position
+}
+
+// Skipped counts messages that gave no event, by the reason for it. The counts only ever rise.
+type Skipped struct {
+	// Delivered counts rows up to SkipThrough.
+	Delivered uint64
+	// Unmapped counts rows of tables that no [Buffer] maps.
+	Unmapped uint64
+	// Updates, Deletes and Truncates are no events. A publication of inserts alone sends none.
+	Updates, Deletes, Truncates uint64
+	// Messages counts logical decoding messages (pg_logical_emit_message).
+	Messages uint64
+}
+
+// Decoder turns the messages of one replication connection, pgoutput protocol version 1, into events. It is used by one goroutine
+// at a time.
+type Decoder struct {
+	epoch   uint32
+	buffers []Buffer
+	through event.Position
+	skipped Skipped
+
+	tables map[uint32]*table
+	types  map[uint32]string
+
+	open     bool           // a transaction has begun and not ended
+	position event.Position // of the row or message that came last
+	time     time.Time
+
+	insert insertMessage // scratch, so that an insert takes no memory
+}
+
+// New returns a Decoder that stands before the first message of a connection.
+func New(cfg Config) *Decoder {
+	d := &Decoder{epoch: cfg.Epoch, buffers: append([]Buffer(nil), cfg.Buffers...), through: cfg.SkipThrough}
+	if len(d.buffers) == 0 {
+		d.buffers = []Buffer{Managed()}
+	}
+	d.Reset()
+	return d
+}
+
+// Reset makes d ready for a new replication connection, on which the server sends every relation anew.
+func (d *Decoder) Reset() {
+	d.tables, d.types, d.open = make(map[uint32]*table), make(map[uint32]string), false
+}
+
+// SetSkipThrough sets [Config.SkipThrough] for the messages that follow.
+func (d *Decoder) SetSkipThrough(p event.Position) { d.through = p }
+
+// InTransaction reports whether a transaction has begun and not ended.
+func (d *Decoder) InTransaction() bool { return d.open }
+
+// CommitTime returns when the transaction that began last was committed, by the server's clock; zero before the first.
+func (d *Decoder) CommitTime() time.Time { return d.time }
+
+// Skipped returns what was left out so far.
+func (d *Decoder) Skipped() Skipped { return d.skipped }
+
+// Decode decodes one message, and appends the event that it gives, if any, to the batch. The end of a transaction marks the batch
+// with the transaction's end LSN. Decode keeps nothing of msg. The batch may be another one in every call.
+//
+// An error wraps [ErrMalformed], [ErrMapping] or [ErrRow]. The batch holds the events before it, complete; d must be Reset.
+func (d *Decoder) Decode(msg []byte, batch *event.Batch) error {
+	if len(msg) == 0 {
+		return fmt.Errorf("%w: it is empty", ErrMalformed)
+	}
+	switch msg[0] {
+	case 'I':
+		return d.decodeInsert(msg, batch)
+	case 'B':
+		return d.decodeBegin(msg)
+	case 'C':
+		return d.decodeCommit(msg, batch)
+	case 'R':
+		return d.decodeRelation(msg)
+	case 'Y':
+		return d.decodeType(msg)
+	case 'M':
+		return d.decodeMessage(msg)
+	case 'O':
+		_, err := parseOrigin(msg)
+		return err
+	case 'U':
+		d.skipped.Updates++
+		_, err := parseUpdate(msg)
+		return err
+	case 'D':
+		d.skipped.Deletes++
+		_, err := parseDelete(msg)
+		return err
+	case 'T':
+		d.skipped.Truncates++
+		_, err := parseTruncate(msg)
+		return err
+	case 'S', 'E', 'c', 'A', 'b', 'P', 'K', 'r', 'p':
+		return malformed(msg[0], 0, "protocol version 1 has no such message; turn streaming and two_phase off")
+	}
+	return malformed(msg[0], 0, "protocol version 1 has no such message")
+}
+
+func (d *Decoder) decodeBegin(msg []byte) error {
+	m, err := parseBegin(msg)
+	if err != nil {
+		return err
+	}
+	if d.open {
+		return malformed('B', 0, "transaction %s has not ended", d.position.Commit)
+	}
+	d.open, d.time = true, pgTime(m.time)
+	d.position = event.Position{Epoch: d.epoch, Commit: m.final}
+	return nil
+}
+
+func (d *Decoder) decodeCommit(msg []byte, batch *event.Batch) error {
+	m, err := parseCommit(msg)
+	if err != nil {
+		return err
+	}
+	if err := d.needTransaction('C'); err != nil {
+		return err
+	}
+	if m.commit != d.position.Commit {
+		return malformed('C', 2, "commits %s in transaction %s", m.commit, d.position.Commit)
+	}
+	d.open = false
+	batch.MarkEnd(m.end)
+	return nil
+}
+
+func (d *Decoder) decodeRelation(msg []byte) error {
+	m, err := parseRelation(msg)
+	if err != nil {
+		return err
+	}
+	var buffer *Buffer
+	for i := range d.buffers {
+		if b := &d.buffers[i]; string(m.namespace) == b.Schema && string(m.name) == b.Table {
+			buffer = b
+			break
+		}
+	}
+	t, err := newTable(&m, buffer, d.types)
+	if err != nil {
+		return err
+	}
+	d.tables[m.id] = t
+	return nil
+}
+
+func (d *Decoder) decodeType(msg []byte) error {
+	m, err := parseType(msg)
+	if err != nil {
+		return err
+	}
+	name := string(m.name)
+	if len(m.namespace) > 0 {
+		name = string(m.namespace) + "." + name
+	}
+	d.types[m.id] = name
+	return nil
+}
+
+func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
+	m := &d.insert
+	if err := parseInsert(msg, m); err != nil {
+		return err
+	}
+	if err := d.needTransaction('I'); err != nil {
+		return err
+	}
+	t := d.tables[m.relation]
+	switch {
+	case t == nil:
+		return malformed('I', 1, "relation %d was not announced", m.relation)
+	case len(m.row) != t.columns:
+		return malformed('I', 6, "a row of %d columns for %s, which has %d", len(m.row), t.name, t.columns)
+	}
+
+	d.position.Index++
+	if t.buffer == nil {
+		d.skipped.Unmapped++
+		return nil
+	}
+	if d.position.Compare(d.through) <= 0 {
+		d.skipped.Delivered++
+		return nil
+	}
+	for _, i := range [...]int{t.id, t.topic, t.key, t.payload, t.headers} {
+		if i == absent || m.row[i].kind == text || m.row[i].kind == null {
+			continue
+		}
+		return malformed('I', 6, "row %s of %s: column %d has kind %q, want text or null", d.position, t.name, i+1, m.row[i].kind)
+	}
+	row := Row{
+		ID: m.column(t.id), Topic: m.column(t.topic), Key: m.column(t.key),
+		Payload: m.column(t.payload), Headers: m.column(t.headers),
+		Time: d.time, Position: d.position,
+	}
+	return t.buffer.append(batch, &row, t.contentType, event.Streamed)
+}
+
+// column returns the text of a column, nil when it is NULL or absent.
+func (m *insertMessage) column(i int) []byte {
+	if i == absent {
+		return nil
+	}
+	return m.row[i].data
+}
+
+// decodeMessage counts a logical message, so that the positions behind it stay the same when messages become events. One that
+// is not transactional belongs to no transaction: it comes when it is decoded, between two of them.
+func (d *Decoder) decodeMessage(msg []byte) error {
+	m, err := parseMessage(msg)
+	if err != nil {
+		return err
+	}
+	d.skipped.Messages++
+	if !m.transactional {
+		return nil
+	}
+	d.position.Index++
+	return d.needTransaction('M')
+}
+
+func (d *Decoder) needTransaction(kind byte) error {
+	if !d.open {
+		return malformed(kind, 0, "no transaction has begun")
+	}
+	return nil
+}

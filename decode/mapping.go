@@ -1,0 +1,204 @@
+package decode
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"ebb/event"
+)
+
+var (
+	// ErrMapping is wrapped by errors about a table whose rows cannot be read as events, whatever they hold.
+	ErrMapping = errors.New("impossible mapping")
+	// ErrRow is wrapped by errors about one row that makes no event.
+	ErrRow = errors.New("impossible event")
+)
+
+// Buffer says which columns of a table make an event. ID, Topic, Key, Payload and Headers are column names. The columns ID and
+// Topic may have any type, in whose text form they are taken; Payload is json, jsonb, text or varchar, Headers json or jsonb,
+// or a domain over one of these.
+type Buffer struct {
+	Schema, Table string
+	// ID is the column of the event's id. Without it, the event's position is its id.
+	ID string
+	// Topic is the column of the topic; TopicValue, if Topic is empty, the topic itself.
+	Topic, TopicValue string
+	// Key and Headers may be left out.
+	Key, Headers string
+	// Payload is passed on unchanged.
+	Payload string
+}
+
+// Managed returns the mapping of the table that ebb setup creates.
+func Managed() Buffer {
+	return Buffer{Schema: "ebb", Table: "buffer", ID: "id", Topic: "topic", Key: "key", Payload: "payload", Headers: "headers"}
+}
+
+// Row is a row of a buffer table that did not come by the slot. Its byte slices hold the text form of the columns; nil is NULL.
+type Row struct {
+	ID, Topic, Key, Payload, Headers []byte
+	// PayloadType is the OID of the payload column's type.
+	PayloadType uint32
+	// Time is when the row was created.
+	Time time.Time
+	// Position is that of the event before it.
+	Position event.Position
+}
+
+// AppendRow appends the event of a row that was read from the table: the same event as the slot would have given, but for its
+// position, its time, and its origin, which is [event.Recovered]. It keeps none of row's memory. The error wraps [ErrRow] or
+// [ErrMapping]; the batch's events are unchanged then.
+func (b *Buffer) AppendRow(batch *event.Batch, row Row) error {
+	if b.ID == "" {
+		return fmt.Errorf("%w: %s has no id column, so what it holds cannot be recovered", ErrMapping, b.name())
+	}
+	contentType, err := b.contentType(typeName(row.PayloadType, nil))
+	if err != nil {
+		return err
+	}
+	return b.append(batch, &row, contentType, event.Recovered)
+}
+
+// append appends the event of row, whose PayloadType it ignores.
+func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin event.Origin) error {
+	e := event.Event{
+		Position: row.Position, Time: row.Time.UTC(), Origin: origin, ContentType: contentType,
+	}
+	switch {
+	case b.ID == "":
+		var id [64]byte
+		e.ID = batch.Copy(row.Position.Append(id[:0]))
+	case row.ID == nil:
+		return b.nullColumn(row, b.ID)
+	default:
+		e.ID = batch.Copy(row.ID)
+	}
+	switch {
+	case b.Topic == "":
+		e.Topic = append(batch.Alloc(len(b.TopicValue))[:0], b.TopicValue...)
+	case row.Topic == nil:
+		return b.nullColumn(row, b.Topic)
+	default:
+		e.Topic = batch.Copy(row.Topic)
+	}
+	if row.Payload == nil {
+		return b.nullColumn(row, b.Payload)
+	}
+	e.Key, e.Payload = batch.Copy(row.Key), batch.Copy(row.Payload)
+	if row.Headers != nil {
+		var err error
+		if e.Headers, err = appendHeaders(batch, row.Headers); err != nil {
+			return b.rowError(row, "column %q: %v", b.Headers, err)
+		}
+	}
+	batch.Events = append(batch.Events, e)
+	return nil
+}
+
+func (b *Buffer) name() string { return b.Schema + "." + b.Table }
+
+// contentType returns the media type of the payload column, given the name of its type.
+func (b *Buffer) contentType(typeName string) (string, error) {
+	switch typeName {
+	case "json", "jsonb":
+		return "application/json", nil
+	case "text", "varchar":
+		return "text/plain; charset=utf-8", nil
+	}
+	return "", b.badType(b.Payload, typeName, "json, jsonb, text or varchar") // bytea comes later
+}
+
+func (b *Buffer) badType(column, is, want string) error {
+	return fmt.Errorf("%w: %s: column %q has type %s; make it %s", ErrMapping, b.name(), column, is, want)
+}
+
+func (b *Buffer) nullColumn(row *Row, column string) error {
+	return b.rowError(row, "column %q is NULL; declare it NOT NULL", column)
+}
+
+// rowError names the row, by its id as well if it has one.
+func (b *Buffer) rowError(row *Row, format string, args ...any) error {
+	at := "at " + row.Position.String()
+	if row.ID != nil {
+		at = fmt.Sprintf("with id %q %s", row.ID, at)
+	}
+	return fmt.Errorf("%w: %s: row %s: %s", ErrRow, b.name(), at, fmt.Sprintf(format, args...))
+}
+
+// absent stands for the number of a column that the mapping leaves out.
+const absent = -1
+
+// table is a relation of the publication: where in its rows the columns of the buffer are.
+type table struct {
+	name    string
+	columns int
+	// buffer is nil when the relation is not mapped; what follows has no meaning then.
+	buffer                           *Buffer
+	id, topic, key, payload, headers int
+	contentType                      string
+}
+
+// newTable resolves the columns of buffer, which may be nil, in the relation. See typeName for types.
+func newTable(m *relationMessage, buffer *Buffer, types map[uint32]string) (*table, error) {
+	t := &table{name: string(m.namespace) + "." + string(m.name), columns: len(m.columns), buffer: buffer}
+	if buffer == nil {
+		return t, nil
+	}
+	if buffer.Payload == "" {
+		return nil, fmt.Errorf("%w: %s: the whole row as payload is not available yet; name a payload column", ErrMapping, t.name)
+	}
+	if buffer.Topic == "" && buffer.TopicValue == "" {
+		return nil, fmt.Errorf("%w: %s: there is no topic; name a topic column or give a value", ErrMapping, t.name)
+	}
+	var err error
+	column := func(name string) int {
+		if name == "" {
+			return absent
+		}
+		for i := range m.columns {
+			if string(m.columns[i].name) == name {
+				return i
+			}
+		}
+		if err == nil {
+			err = fmt.Errorf("%w: %s: column %q is not in the publication; run ebb setup", ErrMapping, t.name, name)
+		}
+		return absent
+	}
+	t.id, t.topic, t.key = column(buffer.ID), column(buffer.Topic), column(buffer.Key)
+	t.payload, t.headers = column(buffer.Payload), column(buffer.Headers)
+	if err != nil {
+		return nil, err
+	}
+	if t.contentType, err = buffer.contentType(typeName(m.columns[t.payload].typeID, types)); err != nil {
+		return nil, err
+	}
+	if t.headers != absent {
+		if name := typeName(m.columns[t.headers].typeID, types); name != "json" && name != "jsonb" {
+			return nil, buffer.badType(buffer.Headers, name, "json or jsonb")
+		}
+	}
+	return t, nil
+}
+
+// typeName returns the name of a type, "json" for the built-in one and "app.json" for another. The names in announced are those
+// of Type messages, which give a domain the name of its base type.
+func typeName(id uint32, announced map[uint32]string) string {
+	switch id { // OIDs that are the same in every database (src/include/catalog/pg_type.dat)
+	case 17:
+		return "bytea"
+	case 25:
+		return "text"
+	case 114:
+		return "json"
+	case 1043:
+		return "varchar"
+	case 3802:
+		return "jsonb"
+	}
+	if name, ok := announced[id]; ok {
+		return name
+	}
+	return fmt.Sprintf("with OID %d", id)
+}
