@@ -1,0 +1,271 @@
+// Package jetstream delivers events to a stream of NATS JetStream, exactly once.
+//
+// Every message says which sequence number it expects its predecessor to have, and which position it has itself. So the
+// stream refuses whatever is out of place, and its last message says where to go on; nothing depends on a window in which
+// duplicates are remembered.
+package jetstream
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"ebb/event"
+	"ebb/internal/quiet"
+	"ebb/internal/redact"
+	"ebb/sink"
+	"ebb/sink/cloudevent"
+)
+
+const (
+	// ackTimeout is how long the stream may take to acknowledge the next message. A disk that syncs each takes tens
+	// of milliseconds; a stream that elects a leader takes seconds.
+	ackTimeout = 10 * time.Second
+	// requestTimeout bounds a request to the JetStream API.
+	requestTimeout = 5 * time.Second
+	// writeTimeout bounds a write to a server that has stopped reading.
+	writeTimeout = 5 * time.Second
+	// pingInterval is how often a quiet connection is asked whether it lives; it counts as dead after two silences.
+	pingInterval = 5 * time.Second
+)
+
+// Config says where the stream is and how events become its messages.
+type Config struct {
+	// Servers are URLs separated by commas, of scheme nats, tls, ws or wss.
+	Servers string
+	// Stream is the name of the stream.
+	Stream string
+	// Subject is a template with {topic} and {key}.
+	Subject string
+	// Source is the CloudEvents source.
+	Source string
+	// Raw leaves out the CloudEvents headers.
+	Raw bool
+	// CreateStream creates a stream that is missing, with Replicas copies. An existing one is never altered.
+	CreateStream bool
+	Replicas     int
+	// Creds is a credentials file, or "".
+	Creds string
+	// CA, Cert and Key are PEM files, or "".
+	CA, Cert, Key string
+	// Name is how the connection calls itself.
+	Name   string
+	Logger *slog.Logger
+}
+
+// Sink delivers to one stream.
+type Sink struct {
+	cfg      Config
+	subject  subject
+	envelope cloudevent.Envelope
+	log      *slog.Logger
+	options  []nats.Option
+
+	nc *nats.Conn
+	js jetstream.JetStream
+	// closed is closed when nc gives up for good, as it does over refused credentials.
+	closed chan struct{}
+
+	// last is the last message that the stream is known to hold, and known whether that is so.
+	last  message
+	known bool
+}
+
+// message is what identifies a message of the stream.
+type message struct {
+	seq      uint64
+	position event.Position
+	id       string
+}
+
+var (
+	_ sink.Sink      = (*Sink)(nil)
+	_ sink.IDScanner = (*Sink)(nil)
+)
+
+// New returns a sink, which connects when it is first asked to resume. An error is one of configuration.
+func New(cfg Config) (*Sink, error) {
+	subject, err := parseSubject(cfg.Subject)
+	if err != nil {
+		return nil, err
+	}
+	s := &Sink{cfg: cfg, subject: subject, envelope: cloudevent.Envelope{Source: cfg.Source}, log: cfg.Logger}
+	s.options = []nats.Option{
+		nats.Name(cfg.Name),
+		nats.MaxReconnects(-1),
+		// A message that waits in a buffer for a reconnect would be published behind the back of the resume.
+		nats.ReconnectBufSize(-1),
+		nats.ReconnectWait(100 * time.Millisecond),
+		nats.ReconnectJitter(100*time.Millisecond, 100*time.Millisecond),
+		nats.FlusherTimeout(writeTimeout),
+		nats.PingInterval(pingInterval),
+		nats.MaxPingsOutstanding(2),
+		nats.Timeout(requestTimeout),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+			s.log.Warn("the NATS server reports an error", "error", err)
+		}),
+	}
+	if cfg.Creds != "" {
+		s.options = append(s.options, nats.UserCredentials(cfg.Creds))
+	}
+	if cfg.CA != "" {
+		s.options = append(s.options, nats.RootCAs(cfg.CA))
+	}
+	if cfg.Cert != "" {
+		s.options = append(s.options, nats.ClientCert(cfg.Cert, cfg.Key))
+	}
+	return s, nil
+}
+
+// Resume connects, checks or creates the stream, and returns the position of its last message.
+func (s *Sink) Resume(ctx context.Context, known sink.Known) (event.Position, error) {
+	var out event.Position
+	err := s.retry(ctx, "resume", func() error {
+		if err := s.connect(ctx); err != nil {
+			return err
+		}
+		if err := s.checkStream(ctx, known); err != nil {
+			return err
+		}
+		tail, found, err := s.tail(ctx)
+		if err != nil {
+			return err
+		}
+		if tail, err = s.compare(known, tail, found); err != nil {
+			return backoff.Permanent(err)
+		}
+		s.last, s.known = tail, true
+		out = tail.position
+		return nil
+	})
+	return out, err
+}
+
+// compare checks what the stream holds against what is known to be in it: from the database, and from what this
+// process has itself seen acknowledged. When the tail was deleted from the stream it must be what is known.
+func (s *Sink) compare(known sink.Known, tail message, found bool) (message, error) {
+	expect := message{seq: known.Sequence, position: known.Position}
+	if s.known && s.last.seq > expect.seq {
+		expect = s.last
+	}
+	switch {
+	case tail.seq < expect.seq, found && tail.position.Compare(expect.position) < 0:
+		return message{}, fmt.Errorf("it ends at sequence %d, position %s, but had acknowledged sequence %d, position %s: it lost messages "+
+			"that were delivered (%w)", tail.seq, tail.position, expect.seq, expect.position, ErrGap)
+	case found:
+		return tail, nil
+	case tail.seq > expect.seq && expect.seq > 0:
+		return message{}, fmt.Errorf("its last message, %d, was deleted, and %d at %s is the last that is known: what was delivered between "+
+			"them cannot be told (%w)", tail.seq, expect.seq, expect.position, ErrGap)
+	}
+	expect.seq = tail.seq
+	return expect, nil
+}
+
+// connect opens the connection, unless it is open.
+func (s *Sink) connect(ctx context.Context) error {
+	if s.nc != nil {
+		select {
+		case <-s.closed:
+			err := s.nc.LastError()
+			s.nc = nil
+			if isRefusal(err) {
+				return backoff.Permanent(fmt.Errorf("connect to %s: %w", s.servers(), err))
+			}
+		default:
+			return s.awaitConnection(ctx)
+		}
+	}
+	closed := make(chan struct{})
+	nc, err := nats.Connect(s.cfg.Servers, append(s.options, nats.ClosedHandler(func(*nats.Conn) { close(closed) }))...)
+	if err != nil {
+		err = fmt.Errorf("connect to %s: %w", s.servers(), err)
+		if isRefusal(err) {
+			return backoff.Permanent(err)
+		}
+		return err
+	}
+	js, err := jetstream.New(nc, jetstream.WithDefaultTimeout(requestTimeout))
+	if err != nil {
+		nc.Close()
+		return fmt.Errorf("connect to %s: %w", s.servers(), err)
+	}
+	s.nc, s.js, s.closed = nc, js, closed
+	s.log.Info("connected to NATS", "server", nc.ConnectedUrlRedacted(), "version", nc.ConnectedServerVersion())
+	return nil
+}
+
+func (s *Sink) awaitConnection(ctx context.Context) error {
+	if s.nc.IsConnected() {
+		return nil
+	}
+	status := s.nc.StatusChanged(nats.CONNECTED, nats.CLOSED)
+	defer s.nc.RemoveStatusListener(status)
+	timer := time.NewTimer(requestTimeout)
+	defer timer.Stop()
+	if s.nc.IsConnected() {
+		return nil
+	}
+	select {
+	case <-status:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return fmt.Errorf("wait for the connection to %s: %w", s.servers(), errNotConnected)
+	}
+}
+
+var errNotConnected = errors.New("not connected")
+
+// isRefusal reports whether a connection error will be the same however often it is tried.
+func isRefusal(err error) bool {
+	var verification *tls.CertificateVerificationError
+	var authority x509.UnknownAuthorityError
+	var hostname x509.HostnameError
+	return errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrAuthExpired) || errors.Is(err, nats.ErrAuthRevoked) ||
+		errors.Is(err, nats.ErrAccountAuthExpired) || errors.Is(err, nats.ErrNoServers) && errors.Is(err, nats.ErrAuthorization) ||
+		errors.Is(err, nats.ErrSecureConnRequired) || errors.Is(err, nats.ErrSecureConnWanted) ||
+		errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &hostname)
+}
+
+// servers returns the configured URLs without their passwords.
+func (s *Sink) servers() string { return redact.URL(s.cfg.Servers) }
+
+// Close closes the connection.
+func (s *Sink) Close() error {
+	if s.nc != nil {
+		s.nc.Close()
+		<-s.closed
+		s.nc = nil
+	}
+	return nil
+}
+
+// retry calls op until it succeeds, ctx ends or it returns a permanent error.
+func (s *Sink) retry(ctx context.Context, step string, op func() error) error {
+	attempts := quiet.New(s.log)
+	wait := backoff.NewExponentialBackOff()
+	wait.InitialInterval, wait.MaxInterval = 100*time.Millisecond, 5*time.Second
+	_, err := backoff.Retry(ctx, func() (struct{}, error) { return struct{}{}, op() },
+		backoff.WithBackOff(wait), backoff.WithMaxElapsedTime(0),
+		backoff.WithNotify(func(err error, next time.Duration) {
+			attempts.Failed("waiting for the stream", err, "stream", s.cfg.Stream, "next", next.Round(time.Millisecond))
+		}))
+	if err != nil {
+		if ctxErr := ctx.Err(); ctxErr != nil {
+			return ctxErr
+		}
+		return fmt.Errorf("%s on stream %q: %w", step, s.cfg.Stream, err)
+	}
+	attempts.Succeeded("the stream is there again", "stream", s.cfg.Stream)
+	return nil
+}

@@ -1,0 +1,413 @@
+package jetstream_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	natsjs "github.com/nats-io/nats.go/jetstream"
+	"go.uber.org/goleak"
+
+	"ebb/event"
+	"ebb/internal/natstest"
+	"ebb/sink"
+	"ebb/sink/jetstream"
+	"ebb/sink/sinktest"
+)
+
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m)
+}
+
+func logger(t *testing.T) *slog.Logger {
+	level := slog.LevelWarn
+	if os.Getenv("EBB_TEST_LOG") != "" {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: level}))
+}
+
+func config(t *testing.T, server *natstest.Server) jetstream.Config {
+	return jetstream.Config{
+		Servers: server.URL(), Stream: "EBB", Subject: "ebb.{topic}", Source: "test", CreateStream: true, Replicas: 1, Name: "test",
+		Logger: logger(t),
+	}
+}
+
+func open(t *testing.T, cfg jetstream.Config) *jetstream.Sink {
+	t.Helper()
+	s, err := jetstream.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func TestConformance(t *testing.T) {
+	var server *natstest.Server
+	received := func(t *testing.T) []sinktest.Message {
+		var out []sinktest.Message
+		for _, m := range server.Messages(t, "EBB") {
+			message, err := sinktest.FromBinary(m.Header, m.Data)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out = append(out, message)
+		}
+		return out
+	}
+	var broken bool
+	var js natsjs.JetStream
+	sinktest.Run(t, sinktest.Harness{
+		New: func(t *testing.T) sink.Sink {
+			server, broken = natstest.New(t), false
+			js = server.JetStream(t)
+			return open(t, config(t, server))
+		},
+		Reopen: func(t *testing.T) sink.Sink { return open(t, config(t, server)) },
+		Received: func(t *testing.T) []sinktest.Message {
+			if broken {
+				// A server that is down can be asked once it is up.
+				return nil
+			}
+			return received(t)
+		},
+		Count: func(t *testing.T) int {
+			// The sink may be back on a server that was restarted before this connection is.
+			var last error
+			for range 50 {
+				ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
+				stream, err := js.Stream(ctx, "EBB")
+				cancel()
+				if err == nil {
+					return int(stream.CachedInfo().State.Msgs)
+				}
+				last = err
+			}
+			t.Error(last)
+			return 0
+		},
+		Break:       func(t *testing.T) { broken = true; server.Stop(t) },
+		Mend:        func(t *testing.T) { server.Start(t); broken = false },
+		Resumes:     true,
+		ExactlyOnce: true,
+	})
+}
+
+// batchOf makes a batch of events at index 1 to n of one transaction.
+func batchOf(commit event.LSN, n int, change func(i int, e *event.Event)) *event.Batch {
+	b := event.NewBatch()
+	for i := range n {
+		e := event.Event{
+			Position: event.Position{Epoch: 1, Commit: commit, Index: uint64(i + 1)},
+			ID:       b.Copy(fmt.Appendf(nil, "%d-%d", commit, i+1)),
+			Topic:    b.Copy([]byte("topic")),
+			Payload:  b.Copy([]byte("{}")),
+		}
+		if change != nil {
+			change(i, &e)
+		}
+		b.Events = append(b.Events, e)
+	}
+	return b
+}
+
+// deliver resumes and runs once over the batches, and returns how many events were reported.
+func deliver(ctx context.Context, t *testing.T, s *jetstream.Sink, known sink.Known, batches ...*event.Batch) (int, error) {
+	t.Helper()
+	if _, err := s.Resume(ctx, known); err != nil {
+		return 0, err
+	}
+	in := make(chan *event.Batch, len(batches))
+	for _, b := range batches {
+		in <- b
+	}
+	close(in)
+	n := 0
+	err := s.Run(ctx, in, func(p sink.Progress) { n += p.Events })
+	return n, err
+}
+
+func closed(t *testing.T, s *jetstream.Sink) {
+	t.Helper()
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSubjects(t *testing.T) {
+	server := natstest.New(t)
+	cfg := config(t, server)
+	cfg.Subject = "ebb.{topic}.{key}"
+	s := open(t, cfg)
+	defer closed(t, s)
+	long := strings.Repeat("é", 150)
+	for i, c := range []struct{ topic, key, want string }{
+		{"plain", "k", "ebb.plain.k"},
+		{"a.b", "a.b", "ebb.a.b.a%2Eb"},
+		{"", "", "ebb.%.%"},
+		{"a..b", "x", "ebb.a.%.b.x"},
+		{"* > \n%", "é", "ebb.%2A%20%3E%20%0A%25.%C3%A9"},
+		{long, "k", "ebb." + strings.Repeat("%C3%A9", 42)},
+		{strings.Repeat("x", 250) + "..y", "k", "ebb." + strings.Repeat("x", 250)},
+	} {
+		if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(event.LSN(i+1), 1, func(_ int, e *event.Event) {
+			e.Topic, e.Key = []byte(c.topic), []byte(c.key)
+		})); err != nil {
+			t.Fatal(err)
+		}
+		messages := server.Messages(t, "EBB")
+		got := messages[len(messages)-1]
+		if got.Subject != c.want {
+			t.Errorf("topic %q, key %q: subject is %q, want %q", c.topic, c.key, got.Subject, c.want)
+		}
+		if topic := got.Header.Get("ce-type"); c.topic == long && len(topic) != 6*150 {
+			t.Errorf("the topic of a long subject is cut in its header too: %q", topic)
+		}
+	}
+}
+
+func TestRawFormat(t *testing.T) {
+	server := natstest.New(t)
+	cfg := config(t, server)
+	cfg.Raw = true
+	s := open(t, cfg)
+	defer closed(t, s)
+	if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(7, 2, func(_ int, e *event.Event) {
+		e.Headers = []event.Header{{Name: []byte("traceparent"), Value: []byte("00-1-2-03")}}
+	})); err != nil {
+		t.Fatal(err)
+	}
+	for i, m := range server.Messages(t, "EBB") {
+		if m.Header.Get("ce-id") != "" || m.Header.Get("traceparent") != "00-1-2-03" || m.Header.Get("Ebb-Position") != fmt.Sprintf("1:0/7:%d", i+1) {
+			t.Errorf("message %d has headers %v", i, m.Header)
+		}
+	}
+}
+
+func TestTooLargeForTheServer(t *testing.T) {
+	server := natstest.New(t)
+	s := open(t, config(t, server))
+	defer closed(t, s)
+	large := batchOf(1, 5, func(i int, e *event.Event) {
+		if i == 3 {
+			e.Payload = make([]byte, 1<<20)
+		}
+	})
+	n, err := deliver(t.Context(), t, s, sink.Known{}, large)
+	var rejected *sink.RejectedError
+	if !errors.As(err, &rejected) || rejected.ID != "1-4" || !strings.Contains(err.Error(), "max_payload") {
+		t.Fatalf("error is %v", err)
+	}
+	if stored := len(server.Messages(t, "EBB")); n != 3 || stored != 3 {
+		t.Errorf("%d events reported and %d stored, want the 3 before the large one", n, stored)
+	}
+}
+
+func TestTooLargeForTheStream(t *testing.T) {
+	server := natstest.New(t)
+	create(t, server, natsjs.StreamConfig{Name: "EBB", Subjects: []string{"ebb.>"}, MaxMsgSize: 1000})
+	s := open(t, config(t, server))
+	defer closed(t, s)
+	n, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 5, func(i int, e *event.Event) {
+		if i == 3 {
+			e.Payload = make([]byte, 2000)
+		}
+	}))
+	var rejected *sink.RejectedError
+	if !errors.As(err, &rejected) || rejected.ID != "1-4" || n != 3 {
+		t.Fatalf("%d events, error %v", n, err)
+	}
+}
+
+func create(t *testing.T, server *natstest.Server, cfg natsjs.StreamConfig) {
+	t.Helper()
+	if _, err := server.JetStream(t).CreateStream(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestUnsuitableStreams(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		stream natsjs.StreamConfig
+		want   error
+	}{
+		{"no_ack", natsjs.StreamConfig{NoAck: true}, jetstream.ErrUnsuitable},
+		{"workqueue", natsjs.StreamConfig{Retention: natsjs.WorkQueuePolicy}, jetstream.ErrUnsuitable},
+		{"sources", natsjs.StreamConfig{Sources: []*natsjs.StreamSource{{Name: "OTHER"}}}, jetstream.ErrUnsuitable},
+		{"other subjects", natsjs.StreamConfig{Subjects: []string{"other.>"}}, jetstream.ErrUnsuitable},
+		{"another source", natsjs.StreamConfig{Metadata: map[string]string{"ebb-database": "theirs"}}, jetstream.ErrForeign},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			server := natstest.New(t)
+			c.stream.Name = "EBB"
+			if c.stream.Subjects == nil {
+				c.stream.Subjects = []string{"ebb.>"}
+			}
+			create(t, server, c.stream)
+			s := open(t, config(t, server))
+			defer closed(t, s)
+			if _, err := deliver(t.Context(), t, s, sink.Known{Database: "ours"}, batchOf(1, 1, nil)); !errors.Is(err, c.want) {
+				t.Errorf("error is %v, want %v", err, c.want)
+			}
+		})
+	}
+}
+
+// What somebody else put into the stream is never taken for ours, wherever it stands.
+func TestForeignMessages(t *testing.T) {
+	server := natstest.New(t)
+	s := open(t, config(t, server))
+	defer closed(t, s)
+	if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 3, nil)); err != nil {
+		t.Fatal(err)
+	}
+	publish(t, server, nats.Header{})
+	if _, err := s.Resume(t.Context(), sink.Known{}); !errors.Is(err, jetstream.ErrForeign) {
+		t.Errorf("resume behind a foreign message: %v", err)
+	}
+}
+
+// A foreign message in the middle of a run takes a sequence number, so that one message is refused and the next ones fit again.
+func TestForeignMessageInTheMiddle(t *testing.T) {
+	server := natstest.New(t)
+	s := open(t, config(t, server))
+	defer closed(t, s)
+	if _, err := s.Resume(t.Context(), sink.Known{}); err != nil {
+		t.Fatal(err)
+	}
+	in := make(chan *event.Batch, 1)
+	in <- batchOf(1, 1, nil)
+	publish(t, server, nats.Header{})
+	close(in)
+	if err := s.Run(t.Context(), in, func(sink.Progress) {}); !errors.Is(err, jetstream.ErrForeign) {
+		t.Errorf("run over a foreign message: %v", err)
+	}
+}
+
+// A bridge that wakes up after another one has gone on can add nothing. It learns what the other one has delivered of its own
+// events, and stops where the stream holds something else.
+func TestZombie(t *testing.T) {
+	server := natstest.New(t)
+	zombie := open(t, config(t, server))
+	defer closed(t, zombie)
+	if _, err := zombie.Resume(t.Context(), sink.Known{}); err != nil {
+		t.Fatal(err)
+	}
+	leader := open(t, config(t, server))
+	defer closed(t, leader)
+	if _, err := deliver(t.Context(), t, leader, sink.Known{}, batchOf(1, 10, nil)); err != nil {
+		t.Fatal(err)
+	}
+	in := make(chan *event.Batch)
+	delivered := make(chan int, 10)
+	done := make(chan error)
+	go func() { done <- zombie.Run(t.Context(), in, func(p sink.Progress) { delivered <- p.Events }) }()
+	in <- batchOf(1, 3, nil)
+	if n := <-delivered; n != 3 {
+		t.Errorf("%d events were reported", n)
+	}
+	in <- batchOf(2, 1, nil) // which the leader never had
+	if err := <-done; !errors.Is(err, jetstream.ErrForeign) {
+		t.Errorf("error is %v", err)
+	}
+	if n := len(server.Messages(t, "EBB")); n != 10 {
+		t.Errorf("the stream holds %d messages", n)
+	}
+}
+
+func publish(t *testing.T, server *natstest.Server, header nats.Header) {
+	t.Helper()
+	if _, err := server.JetStream(t).PublishMsg(t.Context(), &nats.Msg{Subject: "ebb.theirs", Header: header, Data: []byte("x")}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A stream that no longer holds what is known to be in it has a gap, which must not go unnoticed.
+func TestGaps(t *testing.T) {
+	known := sink.Known{Position: event.Position{Epoch: 1, Commit: 1, Index: 3}, Sequence: 3}
+	t.Run("stream gone", func(t *testing.T) {
+		s := open(t, config(t, natstest.New(t)))
+		defer closed(t, s)
+		if _, err := s.Resume(t.Context(), known); !errors.Is(err, jetstream.ErrGap) {
+			t.Errorf("error is %v", err)
+		}
+	})
+	t.Run("tail gone", func(t *testing.T) {
+		server := natstest.New(t)
+		s := open(t, config(t, server))
+		defer closed(t, s)
+		if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 2, nil)); err != nil {
+			t.Fatal(err)
+		}
+		other := open(t, config(t, server))
+		defer closed(t, other)
+		if _, err := other.Resume(t.Context(), known); !errors.Is(err, jetstream.ErrGap) {
+			t.Errorf("error is %v", err)
+		}
+	})
+	t.Run("emptied by its own limits", func(t *testing.T) {
+		server := natstest.New(t)
+		s := open(t, config(t, server))
+		defer closed(t, s)
+		if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 3, nil)); err != nil {
+			t.Fatal(err)
+		}
+		stream, err := server.JetStream(t).Stream(t.Context(), "EBB")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := stream.Purge(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		other := open(t, config(t, server))
+		defer closed(t, other)
+		if p, err := other.Resume(t.Context(), known); err != nil || p != known.Position {
+			t.Errorf("resumes at %s, %v", p, err)
+		}
+		if n, err := deliver(t.Context(), t, other, known, batchOf(2, 2, nil)); err != nil || n != 2 {
+			t.Errorf("goes on with %d events, %v", n, err)
+		}
+	})
+}
+
+func TestRefusedCredentials(t *testing.T) {
+	server := natstest.New(t, natstest.Adjust(func(o *server.Options) { o.Username, o.Password = "ebb", "secret" }))
+	cfg := config(t, server)
+	cfg.Servers = strings.Replace(server.URL(), "://", "://ebb:hunter2@", 1)
+	s := open(t, cfg)
+	defer closed(t, s)
+	_, err := s.Resume(t.Context(), sink.Known{})
+	if !errors.Is(err, nats.ErrAuthorization) {
+		t.Fatalf("error is %v", err)
+	}
+	if strings.Contains(err.Error(), "hunter2") {
+		t.Errorf("the error tells the password: %v", err)
+	}
+}
+
+func TestScanIDs(t *testing.T) {
+	server := natstest.New(t)
+	s := open(t, config(t, server))
+	defer closed(t, s)
+	if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 1000, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for _, after := range []uint64{0, 400, 999, 1000, 2000} {
+		var ids []string
+		if err := s.ScanIDs(t.Context(), after, func(id []byte) { ids = append(ids, string(id)) }); err != nil {
+			t.Fatal(err)
+		}
+		if want := max(0, 1000-int(after)); len(ids) != want || want > 0 && ids[0] != fmt.Sprintf("1-%d", after+1) {
+			t.Errorf("after %d: %d ids, want %d", after, len(ids), want)
+		}
+	}
+}

@@ -1,0 +1,222 @@
+package sinktest_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"ebb/event"
+	"ebb/sink"
+	"ebb/sink/cloudevent"
+	"ebb/sink/sinktest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// TestRun passes a faultless sink through the suite.
+func TestRun(t *testing.T) {
+	fault := os.Getenv("EBB_FAULT")
+	if fault != "" {
+		sinktest.SetPatience(3 * time.Second)
+	}
+	sinktest.Run(t, memoryHarness(fault))
+}
+
+// TestRunFindsFaults runs TestRun again in a process of its own for each fault that a sink could have.
+func TestRunFindsFaults(t *testing.T) {
+	if os.Getenv("EBB_FAULT") != "" {
+		return
+	}
+	for _, c := range []struct{ fault, found string }{
+		{"releases too early", "order_and_content"},
+		{"says too early", "order_and_content"},
+		{"counts one too few", "order_and_content"},
+		{"says a wrong position", "order_and_content"},
+		{"swaps", "order_and_content"},
+		{"loses the key", "keys_and_topics"},
+		{"drops the last", "order_and_content"},
+		{"takes everything", "back-pressure"},
+		{"deaf to its context", "cancelled"},
+		{"passes rejected events", "rejected"},
+		{"skips rejected events", "rejected"},
+		{"forgets its tail", "killed"},
+		{"says what it did not deliver when it is stopped", "cancelled_while_broken"},
+	} {
+		t.Run(c.fault, func(t *testing.T) {
+			t.Parallel()
+			cmd := exec.Command(os.Args[0], "-test.timeout", "2m", "-test.run", "^TestRun$/^"+c.found+"$")
+			cmd.Env = append(os.Environ(), "EBB_FAULT="+c.fault)
+			out, err := cmd.CombinedOutput()
+			if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || !bytes.Contains(out, []byte("--- FAIL: TestRun/"+c.found)) {
+				t.Errorf("the suite does not find it: %v\n%s", err, out)
+			}
+		})
+	}
+}
+
+// memory is a destination that remembers.
+type memory struct {
+	mu       sync.Mutex
+	messages []sinktest.Message
+	mended   chan struct{} // closed unless broken
+}
+
+type memorySink struct {
+	memory *memory
+	fault  string
+}
+
+func memoryHarness(fault string) sinktest.Harness {
+	var m *memory
+	open := func(*testing.T) sink.Sink { return &memorySink{memory: m, fault: fault} }
+	return sinktest.Harness{
+		New: func(t *testing.T) sink.Sink {
+			m = &memory{mended: make(chan struct{})}
+			close(m.mended)
+			return open(t)
+		},
+		Reopen: open,
+		Received: func(*testing.T) []sinktest.Message {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			return slices.Clone(m.messages)
+		},
+		Break: func(*testing.T) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.mended = make(chan struct{})
+		},
+		Mend: func(*testing.T) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			close(m.mended)
+		},
+		Resumes:     true,
+		ExactlyOnce: true,
+	}
+}
+
+func (s *memorySink) Close() error { return nil }
+
+func (s *memorySink) Resume(context.Context, sink.Known) (event.Position, error) {
+	s.memory.mu.Lock()
+	defer s.memory.mu.Unlock()
+	n := len(s.memory.messages)
+	if s.fault == "forgets its tail" {
+		n /= 2
+	}
+	if n == 0 {
+		return event.Position{}, nil
+	}
+	return s.memory.messages[n-1].Position, nil
+}
+
+func (s *memorySink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {
+	if s.fault == "takes everything" {
+		all := make(chan *event.Batch, 1_000_000)
+		source := in
+		in = all
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		wg.Go(func() {
+			defer close(all)
+			for {
+				select {
+				case <-ctx.Done():
+					return
+				case b, ok := <-source:
+					if !ok {
+						return
+					}
+					all <- b
+				}
+			}
+		})
+	}
+	if s.fault == "deaf to its context" {
+		ctx = context.WithoutCancel(ctx)
+	}
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case batch, ok := <-in:
+			if !ok {
+				return nil
+			}
+			events := slices.Clone(batch.Events)
+			if s.fault == "releases too early" {
+				batch.Release()
+			}
+			if s.fault == "swaps" && len(events) > 1 {
+				events[0], events[1] = events[1], events[0]
+			}
+			for i := range events {
+				if s.fault == "drops the last" && events[i].Position.Index > 4 {
+					continue
+				}
+				if err := s.deliver(ctx, &events[i], delivered); err != nil {
+					return err
+				}
+			}
+			if s.fault != "releases too early" {
+				batch.Release()
+			}
+		}
+	}
+}
+
+func (s *memorySink) deliver(ctx context.Context, e *event.Event, delivered sink.Delivered) error {
+	headers := map[string][]string{}
+	_, err := cloudevent.Envelope{Source: "test"}.Headers(e, nil, func(name string, value []byte) {
+		headers[string([]byte(name))] = []string{string(value)}
+	})
+	if err != nil && s.fault == "skips rejected events" {
+		return nil
+	}
+	if err != nil && s.fault != "passes rejected events" {
+		return &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: err}
+	}
+	m, _ := sinktest.FromBinary(headers, e.Payload)
+	if s.fault == "loses the key" && m.Key != nil && *m.Key == "" {
+		m.Key = nil
+	}
+	pos := e.Position
+	switch s.fault {
+	case "says a wrong position":
+		pos.Index++
+	case "says too early":
+		delivered(sink.Progress{Events: 1, Position: pos})
+	}
+	s.memory.mu.Lock()
+	mended := s.memory.mended
+	s.memory.mu.Unlock()
+	select {
+	case <-mended:
+	case <-ctx.Done():
+		if s.fault == "says what it did not deliver when it is stopped" {
+			delivered(sink.Progress{Events: 1, Position: pos})
+		}
+		return ctx.Err()
+	}
+	s.memory.mu.Lock()
+	s.memory.messages = append(s.memory.messages, m)
+	count := len(s.memory.messages)
+	s.memory.mu.Unlock()
+	if s.fault == "says too early" || s.fault == "counts one too few" && count%10 == 0 {
+		return nil
+	}
+	delivered(sink.Progress{Events: 1, Position: pos})
+	return nil
+}

@@ -1,0 +1,147 @@
+package webhook
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+)
+
+const (
+	// maxDrain is how much of a response is read so that its connection can be used again.
+	maxDrain = 64 << 10
+	// drainTime is how long that may take: a receiver that has answered must not delay the next event with a body that never ends.
+	drainTime = time.Second
+	// maxRetryAfter bounds a Retry-After: a receiver's slip of the pen must not stop the bridge for a year.
+	maxRetryAfter = time.Hour
+)
+
+var errTimeout = errors.New("timeout")
+
+// failure is why an attempt has not delivered.
+type failure struct {
+	status     int    // 0 when there was no response
+	reason     string // the same for what is the same to an operator
+	body       []byte // the beginning of the response
+	retryAfter time.Duration
+}
+
+// attempt sends one request. It returns nil when the receiver has taken the event.
+func (s *Sink) attempt(ctx context.Context, header http.Header, payload []byte) *failure {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	timer := time.AfterFunc(s.timeout, func() { cancel(errTimeout) })
+	defer timer.Stop()
+
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.url, nil)
+	if err != nil {
+		return &failure{reason: describe(err)}
+	}
+	body := &payloadBody{p: payload}
+	defer body.seal()
+	req.Header = header
+	if len(payload) > 0 { // else Body stays nil, and net/http sends Content-Length: 0
+		req.ContentLength = int64(len(payload))
+		req.GetBody = func() (io.ReadCloser, error) { return body.reader(), nil }
+		req.Body = body.reader()
+	}
+	resp, err := s.client.Do(req)
+	if err != nil {
+		if errors.Is(context.Cause(ctx), errTimeout) {
+			return &failure{reason: fmt.Sprintf("no answer within %v", s.timeout)}
+		}
+		return &failure{reason: describe(err)}
+	}
+	defer resp.Body.Close()
+	// From here on, what was read of the response counts, whatever the error.
+	timer.Reset(drainTime)
+	var start []byte
+	ok := resp.StatusCode >= 200 && resp.StatusCode <= 299
+	if !ok {
+		start, _ = io.ReadAll(io.LimitReader(resp.Body, maxExcerptSource))
+	}
+	_, _ = io.CopyN(io.Discard, resp.Body, maxDrain-int64(len(start)))
+	if ok {
+		return nil
+	}
+	return &failure{
+		status:     resp.StatusCode,
+		reason:     statusText(resp.StatusCode),
+		body:       start,
+		retryAfter: retryAfter(resp.Header, time.Now()),
+	}
+}
+
+func statusText(code int) string {
+	text := http.StatusText(code)
+	switch {
+	case code >= 300 && code <= 399:
+		return fmt.Sprintf("%d %s: redirects are not followed; set the sink's URL to where the receiver is", code, text)
+	case text == "":
+		return strconv.Itoa(code)
+	}
+	return fmt.Sprintf("%d %s", code, text)
+}
+
+// describe says what went wrong without the URL, whose query may hold a secret, and without addresses, whose ports differ each time.
+func describe(err error) string {
+	var inURL *url.Error
+	if errors.As(err, &inURL) {
+		err = inURL.Err
+	}
+	var inNet *net.OpError
+	if errors.As(err, &inNet) {
+		return fmt.Sprintf("%s: %v", inNet.Op, inNet.Err)
+	}
+	return err.Error()
+}
+
+// retryAfter returns how long the receiver wants to be left alone (RFC 9110 §10.2.3), at most maxRetryAfter, or 0. A date is compared with
+// the receiver's own clock when it tells the time.
+func retryAfter(h http.Header, now time.Time) time.Duration {
+	v := h.Get("Retry-After")
+	if v == "" {
+		return 0
+	}
+	seconds, err := strconv.ParseUint(v, 10, 64)
+	switch {
+	case errors.Is(err, strconv.ErrRange), err == nil && seconds > uint64(maxRetryAfter/time.Second):
+		return maxRetryAfter
+	case err == nil:
+		return time.Duration(seconds) * time.Second
+	}
+	at, err := http.ParseTime(v)
+	if err != nil {
+		return 0
+	}
+	if date, err := http.ParseTime(h.Get("Date")); err == nil {
+		now = date
+	}
+	return min(max(at.Sub(now), 0), maxRetryAfter)
+}
+
+// pause gives the capped exponential pauses, with jitter, between the attempts for one event.
+type pause struct {
+	backoff backoff.ExponentialBackOff
+	most    time.Duration
+}
+
+func newPause(least, most time.Duration) *pause {
+	const jitter = 0.5
+	return &pause{most: most, backoff: backoff.ExponentialBackOff{
+		InitialInterval:     least,
+		Multiplier:          2,
+		RandomizationFactor: jitter,
+		// The jitter comes on top of the interval.
+		MaxInterval: max(time.Duration(float64(most)/(1+jitter)), 1),
+	}}
+}
+
+func (p *pause) next() time.Duration { return min(p.backoff.NextBackOff(), p.most) }
