@@ -1,0 +1,190 @@
+// Package bridge carries events from the slot to the sink.
+package bridge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"ebb/decode"
+	"ebb/internal/quiet"
+	"ebb/replication"
+	"ebb/sink"
+	"ebb/sql"
+)
+
+// Config says what a bridge connects.
+type Config struct {
+	// Postgres is a libpq URL or DSN.
+	Postgres    string
+	Slot        string
+	Publication string
+	Sink        sink.Sink
+	Logger      *slog.Logger
+
+	// TickEvery is how often delivery is recorded while events are delivered, and TickKeep for how long the records
+	// are kept.
+	TickEvery, TickKeep time.Duration
+
+	// OnRole, unless nil, is told which role the bridge has now.
+	OnRole func(Role)
+}
+
+const (
+	// standbyPoll is how often a standby asks whether the leader is gone.
+	standbyPoll = 500 * time.Millisecond
+	// settled is how long a bridge has run when its next failure counts as a new one.
+	settled = 10 * time.Second
+)
+
+// Run delivers until ctx ends. Then it lets the sink deliver what it was handed, confirms that and returns nil. It outlives
+// whatever may pass by itself, and returns an error for what waiting cannot mend.
+func Run(ctx context.Context, cfg Config) error {
+	attempts := quiet.New(cfg.Logger)
+	wait := backoff.NewExponentialBackOff()
+	wait.InitialInterval, wait.MaxInterval = 100*time.Millisecond, 5*time.Second
+	for {
+		started := time.Now()
+		err := lead(ctx, cfg)
+		switch {
+		case ctx.Err() != nil:
+			if err != nil && !errors.Is(err, context.Canceled) {
+				cfg.Logger.Warn("stopped in the middle; what is missing follows at the next start", "error", err)
+			}
+			return nil
+		case isPermanent(err):
+			return err
+		}
+		if time.Since(started) > settled {
+			wait.Reset()
+			attempts.Succeeded("the bridge had recovered")
+		}
+		next := wait.NextBackOff()
+		attempts.Failed("the bridge was interrupted and tries again", err, "next", next.Round(time.Millisecond))
+		timer := time.NewTimer(next)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		}
+	}
+}
+
+// ErrSetup says that the database is not set up for this bridge.
+var ErrSetup = errors.New("not set up")
+
+// sinkError is what a sink gave up with.
+type sinkError struct{ err error }
+
+func (e *sinkError) Error() string { return e.err.Error() }
+func (e *sinkError) Unwrap() error { return e.err }
+
+// isPermanent reports whether waiting cannot mend err.
+func isPermanent(err error) bool {
+	for _, target := range []error{
+		ErrSetup, sql.ErrNoSchema, sql.ErrPublication, decode.ErrMapping, decode.ErrMalformed, decode.ErrRow,
+		replication.ErrForeignSlot, replication.ErrWALLevel,
+	} {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	var sinkErr *sinkError
+	return errors.As(err, &sinkErr) || replication.IsPermanent(err)
+}
+
+// lead waits until this bridge is the slot's leader, and then delivers until stop ends or something fails, which is an error.
+func lead(stop context.Context, cfg Config) error {
+	// Before there is a stream, there is nothing to drain: stop ends everything at once.
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(stop))
+	defer cancel(nil)
+	detach := context.AfterFunc(stop, func() { cancel(stop.Err()) })
+	defer detach()
+
+	lock, err := sql.Connect(ctx, cfg.Postgres, cfg.Slot)
+	if err != nil {
+		return err
+	}
+	defer closeQuietly(lock)
+	defer cfg.setRole(RoleNone)
+	if err := sql.Check(ctx, lock); err != nil {
+		return err
+	}
+	if err := replication.CheckWALLevel(ctx, lock); err != nil {
+		return err
+	}
+	if err := awaitLead(ctx, cfg, lock); err != nil {
+		return err
+	}
+	db, err := sql.Connect(ctx, cfg.Postgres, cfg.Slot)
+	if err != nil {
+		return err
+	}
+	defer closeQuietly(db)
+
+	// The session that holds the lock and all that happens under it live and die together. To listen to it also tells
+	// at once when the server shuts down, which must not wait for us.
+	watching := make(chan struct{})
+	go func() {
+		defer close(watching)
+		_, err := lock.WaitForNotification(ctx)
+		cancel(fmt.Errorf("the session that holds the leader's lock ended: %w", err))
+	}()
+	defer func() {
+		cancel(nil)
+		<-watching
+	}()
+
+	l := &leader{Config: cfg, db: db}
+	err = l.ensureSlot(ctx)
+	if err == nil {
+		err = l.recover(ctx)
+	}
+	if err == nil {
+		detach()
+		err = l.stream(stop, ctx)
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		return cause // of which err is a consequence
+	}
+	return err
+}
+
+func (c *Config) setRole(r Role) {
+	if c.OnRole != nil {
+		c.OnRole(r)
+	}
+}
+
+// awaitLead takes the leader's lock. It asks again and again instead of waiting for it in the server, because a session that
+// waits holds back vacuum.
+func awaitLead(ctx context.Context, cfg Config, lock *pgxConn) error {
+	for waiting := false; ; {
+		ok, err := sql.TryLead(ctx, lock, cfg.Slot)
+		if err != nil {
+			return err
+		}
+		if ok {
+			cfg.setRole(RoleLeader)
+			cfg.Logger.Info("this bridge leads", "slot", cfg.Slot)
+			return nil
+		}
+		if !waiting {
+			waiting = true
+			cfg.setRole(RoleStandby)
+			cfg.Logger.Info("another bridge leads; standing by", "slot", cfg.Slot)
+		}
+		timer := time.NewTimer(standbyPoll)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		}
+	}
+}

@@ -1,0 +1,122 @@
+package bridge
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"ebb/event"
+	"ebb/replication"
+	"ebb/sql"
+)
+
+// Role is what a bridge is for its slot.
+type Role string
+
+const (
+	// RoleLeader delivers.
+	RoleLeader Role = "leader"
+	// RoleStandby waits to take over.
+	RoleStandby Role = "standby"
+	// RoleNone says that nobody delivers.
+	RoleNone Role = "none"
+)
+
+// Status says how delivery from a slot goes, as far as the database knows.
+type Status struct {
+	Slot      SlotStatus      `json:"slot"`
+	Delivered DeliveredStatus `json:"delivered"`
+	// LagSeconds is the age of the oldest event that is not recorded as delivered.
+	LagSeconds float64       `json:"lag_seconds"`
+	Backlog    BacklogStatus `json:"backlog"`
+	Flow       string        `json:"flow"`
+	// Role is that of the bridge that answers; asked from outside, that of the bridge that leads, if there is one.
+	Role        Role            `json:"role"`
+	Replay      *struct{}       `json:"replay"`
+	DeadLetters int64           `json:"dead_letters"`
+	Recovery    *RecoveryStatus `json:"recovery"`
+}
+
+// SlotStatus is what the server says of the slot.
+type SlotStatus struct {
+	Name   string `json:"name"`
+	Active bool   `json:"active"`
+	// WALStatus is that of pg_replication_slots, or "missing".
+	WALStatus        string    `json:"wal_status"`
+	ConfirmedLSN     event.LSN `json:"confirmed_lsn"`
+	LagBytes         int64     `json:"lag_bytes"`
+	RetainedWALBytes int64     `json:"retained_wal_bytes"`
+}
+
+// DeliveredStatus is what was last recorded as delivered; Position and At are null before the first event.
+type DeliveredStatus struct {
+	Position *event.Position `json:"position"`
+	Events   int64           `json:"events"`
+	At       *time.Time      `json:"at"`
+}
+
+// BacklogStatus is what is not recorded as delivered.
+type BacklogStatus struct {
+	Events int64 `json:"events"`
+	// Estimated says that there are at least that many.
+	Estimated        bool    `json:"estimated"`
+	OldestAgeSeconds float64 `json:"oldest_age_seconds"`
+}
+
+// RecoveryStatus says how far the delivery of rows from before the slot has come.
+type RecoveryStatus struct {
+	Since  time.Time `json:"since"`
+	Events int64     `json:"events"`
+}
+
+// Healthy reports whether somebody delivers and can.
+func (s *Status) Healthy() bool {
+	return s.Role != RoleNone && s.Slot.WALStatus != "missing" && s.Slot.WALStatus != "lost"
+}
+
+// ReadStatus asks the database.
+func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (*Status, error) {
+	if err := sql.Check(ctx, db); err != nil {
+		return nil, err
+	}
+	s := &Status{Slot: SlotStatus{Name: slotName, WALStatus: "missing"}, Flow: "open", Role: RoleNone}
+	slot, err := replication.InspectSlot(ctx, db, slotName)
+	if err != nil && !errors.Is(err, replication.ErrNoSlot) {
+		return nil, err
+	}
+	if err == nil {
+		s.Slot = SlotStatus{Name: slotName, Active: slot.Active, WALStatus: slot.WALStatus, ConfirmedLSN: slot.ConfirmedFlush,
+			LagBytes: slot.LagBytes(), RetainedWALBytes: slot.RetainedBytes()}
+	}
+	record, err := sql.ReadSlot(ctx, db, slotName)
+	if err != nil && !errors.Is(err, sql.ErrNoRecord) {
+		return nil, err
+	}
+	if err == nil {
+		if !record.Done {
+			s.Recovery = &RecoveryStatus{Since: record.CreatedAt.UTC(), Events: record.Recovered}
+		}
+		tick, ok, err := sql.LastTick(ctx, db, record)
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			at := tick.DeliveredAt.UTC()
+			s.Delivered = DeliveredStatus{Position: &tick.Position, Events: tick.Events, At: &at}
+		}
+	}
+	backlog, err := sql.ReadBacklog(ctx, db)
+	if err != nil {
+		return nil, err
+	}
+	s.Backlog = BacklogStatus{Events: backlog.Events, Estimated: backlog.Estimated, OldestAgeSeconds: backlog.OldestAge.Seconds()}
+	s.LagSeconds = s.Backlog.OldestAgeSeconds
+	led, err := sql.HasLeader(ctx, db, slotName)
+	if err != nil {
+		return nil, err
+	}
+	if led {
+		s.Role = RoleLeader
+	}
+	return s, nil
+}

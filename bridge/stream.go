@@ -1,0 +1,206 @@
+package bridge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
+
+	"ebb/decode"
+	"ebb/event"
+	"ebb/replication"
+	"ebb/sink"
+	"ebb/sql"
+)
+
+type pgxConn = pgx.Conn
+
+const (
+	// A batch is handed on when it holds this much, or when the server has sent nothing more.
+	maxBatchEvents = 2000
+	maxBatchBytes  = 256 << 10
+	// behindBy is how old a transaction is when it is read late, so that it does not matter to read a moment later and more.
+	behindBy = 20 * time.Millisecond
+	// handedBatches is how many batches may wait for the sink.
+	handedBatches = 2
+	// drainTimeout is how long a bridge that stops waits for its sink. It leaves room within the ten seconds that
+	// container engines give by default.
+	drainTimeout = 8 * time.Second
+	// closeTimeout bounds the end of an ordinary connection.
+	closeTimeout = 2 * time.Second
+)
+
+// leader is a bridge that holds the leader's lock.
+type leader struct {
+	Config
+	db     *pgxConn
+	record sql.SlotRecord
+
+	out     *replication.Stream
+	tracker *tracker
+	// before is how many events were delivered before this stream started.
+	before int64
+}
+
+// stream delivers what the slot sends, until stop ends, which lets the sink finish, or until ctx ends or something fails.
+func (l *leader) stream(stop, ctx context.Context) error {
+	known, tick, err := l.known(ctx)
+	if err != nil {
+		return err
+	}
+	tail, err := l.Sink.Resume(ctx, known)
+	if err != nil {
+		return &sinkError{err}
+	}
+	slot, err := replication.InspectSlot(ctx, l.db, l.Slot)
+	if err != nil {
+		return err
+	}
+	conn, err := replication.Connect(ctx, l.Postgres, l.Slot)
+	if err != nil {
+		return err
+	}
+	l.out, err = conn.Start(ctx, l.Slot, l.Publication, slot.ConfirmedFlush)
+	if err != nil {
+		return err
+	}
+	l.Logger.Info("streaming", "slot", l.Slot, "from", slot.ConfirmedFlush, "delivered", tail)
+	l.tracker = newTracker(slot.ConfirmedFlush, sink.Progress{Position: tail, Sequence: known.Sequence})
+	l.before = tick.Events
+
+	running, cancel := context.WithCancel(ctx)
+	defer cancel()
+	in := make(chan *event.Batch, handedBatches)
+	sunk := make(chan struct{})
+	var g errgroup.Group
+	g.Go(func() error {
+		defer cancel()
+		defer close(sunk)
+		if err := l.Sink.Run(running, in, l.delivered); err != nil {
+			return &sinkError{err}
+		}
+		return nil
+	})
+	g.Go(func() error {
+		defer cancel()
+		return l.tick(running)
+	})
+	g.Go(func() error {
+		err := l.read(stop, running, tail, in)
+		close(in)
+		err = errors.Join(err, l.drain(running, sunk))
+		cancel()
+		return errors.Join(err, l.out.Close())
+	})
+	return g.Wait()
+}
+
+// read is the way of an event: from the slot, decoded, to the sink. It returns nil when stop or ctx ends.
+func (l *leader) read(stop, ctx context.Context, tail event.Position, in chan<- *event.Batch) error {
+	reading, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(stop, cancel)()
+
+	decoder := decode.New(decode.Config{Epoch: l.record.Epoch, SkipThrough: tail})
+	batch := event.NewBatch()
+	for behind := false; ; {
+		if err := l.out.Fill(reading, behind); err != nil {
+			return err
+		}
+		if reading.Err() != nil {
+			return nil
+		}
+		for {
+			msg, ok, err := l.out.Next()
+			if err != nil {
+				return err
+			}
+			if !ok {
+				break
+			}
+			switch {
+			case msg.Data != nil:
+				if err := decoder.Decode(msg.Data, batch); err != nil {
+					return errors.Join(err, l.hand(ctx, in, batch))
+				}
+				behind = msg.SendTime.Sub(decoder.CommitTime()) > behindBy
+			case !decoder.InTransaction():
+				batch.MarkEnd(msg.WALEnd)
+			}
+			if len(batch.Events) >= maxBatchEvents || batch.Size() >= maxBatchBytes {
+				if err := l.hand(ctx, in, batch); err != nil {
+					return err
+				}
+				batch = event.NewBatch()
+			}
+		}
+		if err := l.hand(ctx, in, batch); err != nil {
+			return err
+		}
+		batch = event.NewBatch()
+	}
+}
+
+// hand passes a batch on to the sink. Marks without an event before them are of no interest to it.
+func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.Batch) error {
+	lsn := l.tracker.hand(batch)
+	l.out.Confirm(lsn, lsn)
+	if len(batch.Events) == 0 {
+		batch.Release()
+		return nil
+	}
+	err := l.out.Hand(ctx, in, batch)
+	if errors.Is(err, ctx.Err()) {
+		return nil
+	}
+	return err
+}
+
+// delivered is called by the sink.
+func (l *leader) delivered(p sink.Progress) {
+	lsn := l.tracker.deliver(p)
+	l.out.Confirm(lsn, lsn)
+}
+
+// drain waits for the sink to deliver what it was handed, and keeps the replication connection alive meanwhile.
+func (l *leader) drain(ctx context.Context, sunk <-chan struct{}) error {
+	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
+	defer cancel()
+	err := l.out.Wait(ctx, sunk)
+	if err != nil && ctx.Err() == nil {
+		// Without a connection there is nobody to report to, but what is delivered now need not be delivered again.
+		select {
+		case <-sunk:
+		case <-ctx.Done():
+		}
+	}
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return fmt.Errorf("the sink had not delivered %d events after %s", l.tracker.snapshot().waiting, drainTimeout)
+	}
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// known is what the database knows of the sink, and the newest tick.
+func (l *leader) known(ctx context.Context) (sink.Known, sql.Tick, error) {
+	tick, _, err := sql.LastTick(ctx, l.db, l.record)
+	if err != nil {
+		return sink.Known{}, sql.Tick{}, err
+	}
+	return sink.Known{
+		SystemIdentifier: l.record.SystemIdentifier, Database: l.db.Config().Database, Slot: l.Slot,
+		Position: tick.Position, Sequence: tick.StreamSeq,
+	}, tick, nil
+}
+
+func closeQuietly(db *pgxConn) {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	// The session is given up; that it may already be gone is why.
+	_ = db.Close(ctx)
+}

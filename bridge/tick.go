@@ -1,0 +1,71 @@
+package bridge
+
+import (
+	"context"
+	"time"
+
+	"ebb/event"
+	"ebb/sql"
+)
+
+// caughtUpPoll is how often a tick looks whether delivery has reached it. Delivery is usually there within a round trip.
+const caughtUpPoll = 20 * time.Millisecond
+
+// tick records delivery: once in TickEvery, and only when events were delivered since, a snapshot is read together with the
+// end of the log, and stored once everything before that end is delivered. A quiet buffer is not written to.
+func (l *leader) tick(ctx context.Context) error {
+	every := time.NewTicker(l.TickEvery)
+	defer every.Stop()
+	var recorded uint64
+	for {
+		select {
+		case <-every.C:
+		case <-ctx.Done():
+			return nil
+		}
+		// While the publication does not fit, the slot passes over rows without a word.
+		if err := sql.CheckPublication(ctx, l.db, l.Publication); err != nil {
+			return ignoreEnd(ctx, err)
+		}
+		if l.tracker.snapshot().delivered == recorded {
+			continue
+		}
+		tick, err := sql.BeginTick(ctx, l.db)
+		if err != nil {
+			return ignoreEnd(ctx, err)
+		}
+		now, ok := l.awaitDelivered(ctx, tick.LSN)
+		if !ok {
+			return nil
+		}
+		tick.Position, tick.StreamSeq, tick.Events = now.last.Position, now.last.Sequence, l.before+int64(now.delivered)
+		if err := sql.StoreTick(ctx, l.db, l.record, tick, l.TickKeep); err != nil {
+			return ignoreEnd(ctx, err)
+		}
+		recorded = now.delivered
+	}
+}
+
+// awaitDelivered waits until everything before lsn is delivered.
+func (l *leader) awaitDelivered(ctx context.Context, lsn event.LSN) (snapshot, bool) {
+	poll := time.NewTicker(caughtUpPoll)
+	defer poll.Stop()
+	for {
+		if now := l.tracker.snapshot(); now.lsn >= lsn {
+			return now, true
+		}
+		select {
+		case <-poll.C:
+		case <-ctx.Done():
+			return snapshot{}, false
+		}
+	}
+}
+
+// ignoreEnd drops the error of a query that ctx has ended.
+func ignoreEnd(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,99 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"ebb/bridge"
+	"ebb/internal/config"
+	"ebb/replication"
+	"ebb/sql"
+)
+
+// printedFor is the server version that the script of setup --print is written for; older ones have no column lists.
+const printedFor = 150000
+
+func newSetup(a *app) *cobra.Command {
+	var printOnly bool
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use:   "setup",
+		Short: "Create or upgrade the buffer, the roles, the publication and the slot",
+		Long: "Setup creates or upgrades what the bridge needs in the database: schema ebb with the buffer table, the roles\n" +
+			"ebb_producer and ebb_bridge, the publication and the replication slot. It may be run at any time, again and again.\n\n" +
+			"The role that ebb run logs in as needs the attribute REPLICATION, which is not inherited by membership and also\n" +
+			"allows base backups (ALTER ROLE name REPLICATION; managed services have a role to grant instead), and\n" +
+			"GRANT ebb_bridge TO name.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, log, err := a.load()
+			if err != nil {
+				return err
+			}
+			if printOnly {
+				return printSetup(a.stdout, cfg)
+			}
+			if err := cfg.RequirePostgres(); err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeoutCause(cmd.Context(), timeout, fmt.Errorf("gave up after %s (--timeout)", timeout))
+			defer cancel()
+			return setup(ctx, a.stdout, cfg, log)
+		},
+	}
+	cmd.Flags().BoolVar(&printOnly, "print", false, "print the SQL instead of running it")
+	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "how long to wait for transactions that have written to end")
+	return cmd
+}
+
+func setupOf(cfg *config.Config) sql.Setup {
+	return sql.Setup{Publication: cfg.Publication, Keep: cfg.Recorded.Keep}
+}
+
+func printSetup(w io.Writer, cfg *config.Config) error {
+	script, err := sql.Script(setupOf(cfg), printedFor)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(w, "%s\n-- The slot %q comes last. Setup makes it on a replication connection, together with a record of its snapshot,\n"+
+		"-- so that the rows which were in the buffer before it are delivered as well.\n", script, cfg.Slot)
+	return err
+}
+
+// setup brings the database to what cfg wants and prints what it did.
+func setup(ctx context.Context, w io.Writer, cfg *config.Config, log *slog.Logger) error {
+	db, err := sql.Connect(ctx, cfg.Postgres, cfg.Slot)
+	if err != nil {
+		return err
+	}
+	defer db.Close(context.WithoutCancel(ctx))
+	if err := replication.CheckWALLevel(ctx, db); err != nil {
+		return err
+	}
+	done, err := sql.Apply(ctx, db, setupOf(cfg))
+	if err != nil {
+		return err
+	}
+	made, err := bridge.EnsureSlot(ctx, db, bridge.Config{Postgres: cfg.Postgres, Slot: cfg.Slot, Logger: log})
+	if made {
+		done = append(done, "created slot "+cfg.Slot)
+	}
+	for _, line := range done {
+		fmt.Fprintln(w, line)
+	}
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+			err = fmt.Errorf("%w: %w", err, cause)
+		}
+		return err
+	}
+	if len(done) == 0 {
+		fmt.Fprintln(w, "everything is set up already")
+	}
+	return nil
+}

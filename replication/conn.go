@@ -1,0 +1,156 @@
+// Package replication owns the connection that speaks Postgres's streaming replication protocol.
+//
+// Source of the rules here: https://www.postgresql.org/docs/current/protocol-replication.html
+package replication
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"ebb/event"
+)
+
+// Plugin is the output plugin of every slot that ebb makes.
+const Plugin = "pgoutput"
+
+// closeTimeout bounds a polite goodbye; a server that does not answer by then is left to notice by itself.
+const closeTimeout = 2 * time.Second
+
+// Conn is a replication connection that is not streaming yet. It is used by one goroutine.
+type Conn struct {
+	pg *pgconn.PgConn
+}
+
+// System identifies the database cluster behind a connection.
+type System struct {
+	// ID stays the same for the life of a cluster and its physical copies; initdb draws a new one.
+	ID       string
+	Timeline int32
+	Database string
+}
+
+// Connect opens a replication connection to the database of a libpq URL or DSN. The name is how the connection calls itself
+// (application_name), by which the server knows it as a standby.
+func Connect(ctx context.Context, url, name string) (*Conn, error) {
+	cfg, err := pgconn.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("postgres: %w", err)
+	}
+	cfg.RuntimeParams["replication"] = "database"
+	cfg.RuntimeParams["application_name"] = name
+	// Without it, text comes in the database's own encoding.
+	cfg.RuntimeParams["client_encoding"] = "UTF8"
+	// ebb must never wait for the synchronous standby that it may itself be.
+	cfg.RuntimeParams["synchronous_commit"] = "local"
+	pg, err := pgconn.ConnectConfig(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("open the replication connection: %w", withHint(err))
+	}
+	return &Conn{pg: pg}, nil
+}
+
+// Close ends the connection.
+func (c *Conn) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	return c.pg.Close(ctx)
+}
+
+// Identify asks the server which cluster and timeline it is.
+func (c *Conn) Identify(ctx context.Context) (System, error) {
+	sys, err := pglogrepl.IdentifySystem(ctx, c.pg)
+	if err != nil {
+		return System{}, fmt.Errorf("identify system: %w", err)
+	}
+	return System{ID: sys.SystemID, Timeline: sys.Timeline, Database: sys.DBName}, nil
+}
+
+// NewSlot is what is known at the moment in which a slot is created.
+type NewSlot struct {
+	// Snapshot, in the text form of type pg_snapshot, sees exactly the transactions that the slot will not stream.
+	Snapshot string
+	// ConsistentPoint is where the slot starts.
+	ConsistentPoint event.LSN
+}
+
+// CreateSlot creates a logical slot and calls record before anybody can use it, in the transaction that holds the slot's
+// snapshot. When record fails, or anything else after the slot exists, the slot is dropped again.
+//
+// The server waits for every transaction that is writing now to end; ctx bounds that.
+func (c *Conn) CreateSlot(ctx context.Context, name string, record func(context.Context, *pgconn.PgConn, NewSlot) error) (_ NewSlot, err error) {
+	if _, err := c.exec(ctx, "BEGIN ISOLATION LEVEL REPEATABLE READ"); err != nil {
+		return NewSlot{}, fmt.Errorf("create slot %q: %w", name, err)
+	}
+	res, err := pglogrepl.CreateReplicationSlot(ctx, c.pg, quoteIdent(name), Plugin, pglogrepl.CreateReplicationSlotOptions{
+		SnapshotAction: "USE_SNAPSHOT",
+		Mode:           pglogrepl.LogicalReplication,
+	})
+	if err != nil {
+		return NewSlot{}, fmt.Errorf("create slot %q: %w", name, withHint(err))
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.abandonSlot(name))
+		}
+	}()
+	slot := NewSlot{}
+	if slot.ConsistentPoint, err = event.ParseLSN(res.ConsistentPoint); err != nil {
+		return NewSlot{}, fmt.Errorf("create slot %q: consistent point: %w", name, err)
+	}
+	if slot.Snapshot, err = c.exec(ctx, "SELECT pg_current_snapshot()"); err != nil {
+		return NewSlot{}, fmt.Errorf("create slot %q: read its snapshot: %w", name, err)
+	}
+	if err := record(ctx, c.pg, slot); err != nil {
+		return NewSlot{}, fmt.Errorf("create slot %q: record its snapshot: %w", name, err)
+	}
+	if _, err := c.exec(ctx, "COMMIT"); err != nil {
+		return NewSlot{}, fmt.Errorf("create slot %q: commit the record of its snapshot: %w", name, err)
+	}
+	return slot, nil
+}
+
+// abandonSlot drops a slot that was just created, on this connection if it still works. If it does not, the slot stays
+// without a record, by which the next CreateSlot's caller knows that it is nobody's.
+func (c *Conn) abandonSlot(name string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	if c.pg.IsClosed() {
+		return nil
+	}
+	if _, err := c.exec(ctx, "ROLLBACK"); err != nil {
+		return fmt.Errorf("roll back: %w", err)
+	}
+	return c.DropSlot(ctx, name)
+}
+
+// DropSlot drops a slot of this connection's database.
+func (c *Conn) DropSlot(ctx context.Context, name string) error {
+	if err := pglogrepl.DropReplicationSlot(ctx, c.pg, quoteIdent(name), pglogrepl.DropReplicationSlotOptions{}); err != nil {
+		return fmt.Errorf("drop slot %q: %w", name, err)
+	}
+	return nil
+}
+
+// exec runs one statement by the simple protocol, the only one that a replication connection speaks, and returns the first
+// column of its first row.
+func (c *Conn) exec(ctx context.Context, sql string) (string, error) {
+	results, err := c.pg.Exec(ctx, sql).ReadAll()
+	if err != nil {
+		return "", err
+	}
+	if len(results) == 0 || len(results[0].Rows) == 0 || len(results[0].Rows[0]) == 0 {
+		return "", nil
+	}
+	return string(results[0].Rows[0][0]), nil
+}
+
+func quoteIdent(s string) string { return pgx.Identifier{s}.Sanitize() }
+
+func quoteLiteral(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + "'" }

@@ -1,0 +1,229 @@
+package sql_test
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"ebb/internal/pgtest"
+	"ebb/sql"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+var setup = sql.Setup{Publication: "ebb", Keep: time.Hour}
+
+func apply(t *testing.T, db *pgtest.Database, s sql.Setup) []string {
+	t.Helper()
+	done, err := sql.Apply(t.Context(), db.Connect(t), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return done
+}
+
+func TestApplyIsIdempotentAndMends(t *testing.T) {
+	db := pgtest.New(t)
+	conn := db.Connect(t)
+	if err := sql.Check(t.Context(), conn); !errors.Is(err, sql.ErrNoSchema) || !strings.Contains(err.Error(), "run ebb setup") {
+		t.Fatalf("before setup: %v", err)
+	}
+	if done := apply(t, db, setup); len(done) != 2 {
+		t.Fatalf("first setup did %q", done)
+	}
+	if err := sql.Check(t.Context(), conn); err != nil {
+		t.Fatal(err)
+	}
+	if done := apply(t, db, setup); len(done) != 0 {
+		t.Fatalf("second setup did %q", done)
+	}
+	if done := apply(t, db, sql.Setup{Publication: "ebb", Keep: 24 * time.Hour}); len(done) != 1 {
+		t.Fatalf("setup with another keep did %q", done)
+	}
+	if done := apply(t, db, sql.Setup{Publication: "ebb", Keep: 24 * time.Hour}); len(done) != 0 {
+		t.Fatalf("setup with the same keep did %q", done)
+	}
+
+	for _, damage := range []struct{ sql, finding string }{
+		{"DROP PUBLICATION ebb", "does not exist"},
+		{"ALTER PUBLICATION ebb SET (publish = 'update')", "does not publish inserts"},
+		{"DROP PUBLICATION ebb; CREATE PUBLICATION ebb FOR TABLE ebb.buffer", "partition root"},
+		{"ALTER PUBLICATION ebb DROP TABLE ebb.buffer", "does not hold table"},
+		{"ALTER PUBLICATION ebb SET TABLE ebb.buffer (id, topic)", `lacks column "key"`},
+		{"ALTER PUBLICATION ebb SET TABLE ebb.buffer WHERE (id > 7)", "row filter"},
+	} {
+		db.Exec(t, damage.sql)
+		err := sql.CheckPublication(t.Context(), conn, "ebb")
+		if !errors.Is(err, sql.ErrPublication) || !strings.Contains(err.Error(), damage.finding) || !strings.Contains(err.Error(), "run ebb setup") {
+			t.Errorf("after %s: %v", damage.sql, err)
+		}
+		apply(t, db, setup)
+		if err := sql.CheckPublication(t.Context(), conn, "ebb"); err != nil {
+			t.Errorf("setup after %s: %v", damage.sql, err)
+		}
+	}
+
+	db.Exec(t, "CREATE TABLE theirs (id int PRIMARY KEY)", "CREATE PUBLICATION other FOR TABLE theirs")
+	if _, err := sql.Apply(t.Context(), conn, sql.Setup{Publication: "other", Keep: time.Hour}); !errors.Is(err, sql.ErrPublication) ||
+		!strings.Contains(err.Error(), "public.theirs") {
+		t.Errorf("setup over somebody else's publication: %v", err)
+	}
+}
+
+func TestScriptIsWhatApplyRuns(t *testing.T) {
+	script, err := sql.Script(setup, 150000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db := pgtest.New(t)
+	db.Exec(t, script)
+	if done := apply(t, db, setup); len(done) != 0 {
+		t.Fatalf("setup after the script did %q", done)
+	}
+}
+
+func TestSetupsAtOnce(t *testing.T) {
+	db := pgtest.New(t)
+	errs := make(chan error)
+	for range 4 {
+		conn := db.Connect(t)
+		go func() {
+			_, err := sql.Apply(context.Background(), conn, setup)
+			errs <- err
+		}()
+	}
+	for range 4 {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestPut(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	producer := asProducer(t, db)
+	const payload = `{ "b": 1,  "a": "\u0000" }`
+	for _, call := range []struct {
+		sql  string
+		args []any
+		want string
+	}{
+		{`SELECT ebb.put('t', '{ "b": 1,  "a": "\u0000" }')`, nil, payload},
+		{`SELECT ebb.put('t', $1::json, 'k', '{"h":"v"}')`, []any{payload}, payload},
+		{`SELECT ebb.put('t', $1::text, key => 'k')`, []any{payload}, payload},
+		{`SELECT ebb.put('t', $1::jsonb)`, []any{`{ "b": 1,  "a": 2 }`}, `{"a": 2, "b": 1}`},
+		{`SELECT ebb.put('t', $1, $2, NULL)`, []any{payload, "k"}, payload},
+	} {
+		var id int64
+		if err := producer.QueryRow(t.Context(), call.sql, call.args...).Scan(&id); err != nil {
+			t.Errorf("%s: %v", call.sql, err)
+			continue
+		}
+		if got := pgtest.Value[string](t, db, "SELECT payload::text FROM ebb.buffer WHERE id = $1", id); got != call.want {
+			t.Errorf("%s: stored %s, want %s", call.sql, got, call.want)
+		}
+	}
+	if _, err := producer.Exec(t.Context(), `INSERT INTO ebb.buffer (topic, payload) VALUES ('t', '{}')`); err != nil {
+		t.Errorf("plain insert: %v", err)
+	}
+	for _, refused := range []string{
+		`INSERT INTO ebb.buffer (topic, payload, xid) VALUES ('t', '{}', '3')`,
+		`INSERT INTO ebb.buffer (topic, payload, bucket) VALUES ('t', '{}', 3)`,
+		`INSERT INTO ebb.buffer (id, topic, payload) OVERRIDING SYSTEM VALUE VALUES (1, 't', '{}')`,
+		`SELECT payload FROM ebb.buffer`,
+		`DELETE FROM ebb.buffer`,
+		`UPDATE ebb.slot SET recovered_at = now()`,
+	} {
+		_, err := producer.Exec(t.Context(), refused)
+		var pg *pgconn.PgError
+		if !errors.As(err, &pg) || pg.Code != "42501" {
+			t.Errorf("%s: %v, want insufficient_privilege", refused, err)
+		}
+	}
+	if _, err := producer.Exec(t.Context(), `SELECT ebb.put('t', '{}', NULL, '[1]')`); err == nil {
+		t.Error("headers that are no object were accepted")
+	}
+}
+
+// asProducer returns a session of a role that is a member of ebb_producer and nothing else.
+func asProducer(t *testing.T, db *pgtest.Database) *pgx.Conn {
+	conn := db.Connect(t)
+	role := "producer_" + db.Name
+	if len(role) > 63 {
+		role = role[:63]
+	}
+	db.Exec(t, "CREATE ROLE "+role+" IN ROLE ebb_producer")
+	t.Cleanup(func() { db.Exec(t, "DROP ROLE "+role) })
+	if _, err := conn.Exec(t.Context(), "SET ROLE "+role); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+func TestDropRemovesEverything(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	done, err := sql.Drop(t.Context(), db.Connect(t), "ebb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(done, "dropped schema ebb") {
+		t.Errorf("did %q", done)
+	}
+	if n := pgtest.Value[int64](t, db, "SELECT count(*) FROM pg_namespace WHERE nspname = 'ebb'"); n != 0 {
+		t.Error("the schema is still there")
+	}
+	if done := apply(t, db, setup); len(done) != 2 {
+		t.Errorf("setup after teardown did %q", done)
+	}
+}
+
+// A tick that is stored marks exactly the rows that its snapshot sees.
+func TestTickRecordsWhatItsSnapshotSees(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	conn, open := db.Connect(t), db.Connect(t)
+	db.Exec(t, `SELECT ebb.put('seen', '{}')`)
+	tx, err := open.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(t.Context(), `SELECT ebb.put('open', '{}')`); err != nil {
+		t.Fatal(err)
+	}
+	tick, err := sql.BeginTick(t.Context(), conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db.Exec(t, `SELECT ebb.put('later', '{}')`)
+	if err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	system := pgtest.Value[string](t, db, "SELECT system_identifier::text FROM pg_control_system()")
+	db.Exec(t, `INSERT INTO ebb.slot (name, system_identifier, timeline, epoch, snapshot, consistent_point)
+		VALUES ('s', '`+system+`', 1, 1, pg_current_snapshot(), '0/0')`)
+	record, err := sql.ReadSlot(t.Context(), conn, "s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tick.Events = 1
+	if err := sql.StoreTick(t.Context(), conn, record, tick, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	recorded := pgtest.Value[[]string](t, db, "SELECT array_agg(topic ORDER BY id) FROM ebb.events WHERE recorded_at IS NOT NULL")
+	backlog := pgtest.Value[[]string](t, db, "SELECT array_agg(topic ORDER BY id) FROM ebb.backlog")
+	if !slices.Equal(recorded, []string{"seen"}) || !slices.Equal(backlog, []string{"open", "later"}) {
+		t.Errorf("recorded %q, backlog %q", recorded, backlog)
+	}
+	got, ok, err := sql.LastTick(t.Context(), conn, record)
+	if err != nil || !ok || got.Snapshot != tick.Snapshot || got.LSN != tick.LSN || got.Events != 1 {
+		t.Errorf("read back %+v, %v, %v; stored %+v", got, ok, err, tick)
+	}
+}
