@@ -1,0 +1,31 @@
+.DEFAULT_GOAL := help
+.PHONY: help build test race lint fuzz demo image ci
+
+VERSION ?=
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build bin/ebb, static and without paths of this machine (VERSION=v1.2.3 for a release)
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.buildVersion=$(VERSION)" -o bin/ebb ./cmd/ebb
+
+test: ## Run all tests against a real Postgres and a real NATS server
+	go test ./...
+
+race: ## Run the shorter tests with the race detector
+	.ci/run race
+
+lint: ## Check formatting and run the linters
+	.ci/run format vet lint
+
+fuzz: ## Run every fuzz target (FUZZ_TIME=10s each)
+	.ci/run fuzz
+
+demo: ## Show the whole way of an event on this machine
+	go run ./cmd/ebb demo
+
+image: ## Build the container image ebb
+	docker build --build-arg VERSION="$(VERSION)" -t ebb .
+
+ci: ## Run everything that must hold
+	.ci/run
