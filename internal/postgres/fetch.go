@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -127,11 +128,11 @@ func download(ctx context.Context, dir, cache string) error {
 }
 
 // tryInitdb makes a cluster that is thrown away.
-func tryInitdb(ctx context.Context, installation Installation, account *account) error {
+func tryInitdb(ctx context.Context, installation Installation, account *account) (err error) {
 	temp, err := makeTempDir(account)
 	if err != nil {
 		return err
 	}
-	defer temp.remove()
+	defer func() { err = errors.Join(err, temp.remove()) }()
 	return initdb(ctx, initdbConfig{installation: installation, account: account, dir: temp.data(), scratch: temp.path})
 }

@@ -122,7 +122,7 @@ func TestParseVersion(t *testing.T) {
 
 // TestFetch has the real programs "downloaded", so that what is put into the cache is put to the same test.
 func TestFetch(t *testing.T) {
-	real, err := Find(t.Context())
+	found, err := Find(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,7 +134,11 @@ func TestFetch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer temp.remove()
+	defer func() {
+		if err := temp.remove(); err != nil {
+			t.Error(err)
+		}
+	}()
 	downloads := 0
 	link := func(target string) func(context.Context, string, string) error {
 		return func(_ context.Context, dir, _ string) error {
@@ -154,8 +158,8 @@ func TestFetch(t *testing.T) {
 		t.Errorf("broken programs were taken: %v", got)
 	}
 	for range 2 {
-		got, err := fetchInto(t.Context(), temp.path, account, link(real.BinDir))
-		if err != nil || got.Major != real.Major {
+		got, err := fetchInto(t.Context(), temp.path, account, link(found.BinDir))
+		if err != nil || got.Major != found.Major {
 			t.Fatalf("fetched %v, %v", got, err)
 		}
 	}

@@ -78,6 +78,7 @@ func (s *Server) forced() map[string]string {
 // StopMode is one of the ways a Postgres server shuts down; see "Shutting Down the Server" in its documentation.
 type StopMode string
 
+// The modes, by the names that pg_ctl has for them.
 const (
 	Smart     StopMode = "smart"     // waits for every session to end by itself
 	Fast      StopMode = "fast"      // ends the sessions, and waits for walsenders to send what is left
@@ -127,12 +128,10 @@ func Start(ctx context.Context, config Config) (*Server, error) {
 	}
 	s := &Server{installation: installation, password: config.Password, port: config.Port, fixedPort: config.Port != 0}
 	if err := s.prepare(ctx, config); err != nil {
-		s.removeTemp()
-		return nil, fmt.Errorf("prepare a server of %s: %w", installation, err)
+		return nil, errors.Join(fmt.Errorf("prepare a server of %s: %w", installation, err), s.removeTemp())
 	}
 	if err := s.Start(ctx); err != nil {
-		s.removeTemp()
-		return nil, err
+		return nil, errors.Join(err, s.removeTemp())
 	}
 	return s, nil
 }
@@ -266,7 +265,7 @@ type initdbConfig struct {
 	fsync        bool
 }
 
-func initdb(ctx context.Context, config initdbConfig) error {
+func initdb(ctx context.Context, config initdbConfig) (err error) {
 	args := []string{"-D", config.dir, "-U", Superuser, "-E", "UTF8", "--locale=C", "--no-instructions"}
 	if !config.fsync {
 		args = append(args, "--no-sync")
@@ -279,7 +278,7 @@ func initdb(ctx context.Context, config initdbConfig) error {
 		if err != nil {
 			return err
 		}
-		defer temp.remove()
+		defer func() { err = errors.Join(err, temp.remove()) }()
 		file := filepath.Join(temp.path, "password")
 		if err := os.WriteFile(file, []byte(config.password+"\n"), 0o600); err != nil {
 			return fmt.Errorf("hand the password to initdb: %w", err)

@@ -28,7 +28,7 @@ func startProcess(cmd *exec.Cmd) (*process, error) {
 		if err != nil {
 			return
 		}
-		cmd.Wait() // how a postmaster ended is in its log
+		_ = cmd.Wait() // how a postmaster ended is in its log
 		close(done)
 	}()
 	if err := <-started; err != nil {

@@ -43,7 +43,7 @@ func makeTempDir(account *account) (*tempDir, error) {
 	return nil, fmt.Errorf("make a temporary directory for Postgres: %w; set TMPDIR to a directory it can reach", errors.Join(errs...))
 }
 
-func makeTempDirIn(root string, account *account) (temp *tempDir, err error) {
+func makeTempDirIn(root string, account *account) (_ *tempDir, err error) {
 	sweep(root)
 	if account != nil {
 		if blocked := account.blockedAt(filepath.Join(root, tempPrefix)); blocked != "" {
@@ -55,16 +55,16 @@ func makeTempDirIn(root string, account *account) (temp *tempDir, err error) {
 	if err != nil {
 		return nil, err
 	}
-	temp = &tempDir{path: made}
+	t := &tempDir{path: made}
 	defer func() {
 		if err != nil {
-			temp.remove()
+			err = errors.Join(err, t.remove())
 		}
 	}()
-	if temp.lock, err = os.OpenFile(filepath.Join(made, ownerLock), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+	if t.lock, err = os.OpenFile(filepath.Join(made, ownerLock), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return nil, err
 	}
-	if err := syscall.Flock(int(temp.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+	if err := syscall.Flock(int(t.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return nil, err
 	}
 	if err := account.chown(made); err != nil {
@@ -74,8 +74,8 @@ func makeTempDirIn(root string, account *account) (temp *tempDir, err error) {
 	if err := os.Rename(made, final); err != nil {
 		return nil, err
 	}
-	temp.path = final
-	return temp, nil
+	t.path = final
+	return t, nil
 }
 
 // remove deletes the directory. The last processes of a killed server may still be writing files there, so it tries for a while.

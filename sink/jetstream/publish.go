@@ -160,7 +160,7 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 			}
 			progress.Reset(ackTimeout)
 		case <-disconnected:
-			return in, fmt.Errorf("%w: %v", errNotConnected, p.nc.LastError())
+			return in, errors.Join(errNotConnected, p.nc.LastError())
 		case <-ctx.Done():
 			return in, ctx.Err()
 		}
