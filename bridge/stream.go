@@ -106,6 +106,7 @@ func (l *leader) read(stop, ctx context.Context, tail event.Position, in chan<- 
 
 	decoder := decode.New(decode.Config{Epoch: l.record.Epoch, SkipThrough: tail})
 	batch := event.NewBatch()
+	var said decode.Skipped
 	for behind := false; ; {
 		if err := l.out.Fill(reading, behind); err != nil {
 			return err
@@ -141,7 +142,20 @@ func (l *leader) read(stop, ctx context.Context, tail event.Position, in chan<- 
 			return err
 		}
 		batch = event.NewBatch()
+		said = l.saySkipped(decoder.Skipped(), said)
 	}
+}
+
+// saySkipped logs, once for each kind, that the publication sends what makes no event. It returns what has been said.
+func (l *leader) saySkipped(skipped, said decode.Skipped) decode.Skipped {
+	skipped.Delivered = 0 // expected after every start
+	if (skipped.Unmapped > 0) != (said.Unmapped > 0) || (skipped.Updates > 0) != (said.Updates > 0) ||
+		(skipped.Deletes > 0) != (said.Deletes > 0) || (skipped.Truncates > 0) != (said.Truncates > 0) {
+		l.Logger.Warn("the publication sends what makes no event; ebb setup mends it", "publication", l.Publication,
+			"rows_of_other_tables", skipped.Unmapped, "updates", skipped.Updates, "deletes", skipped.Deletes, "truncates", skipped.Truncates)
+		return skipped
+	}
+	return said
 }
 
 // hand passes a batch on to the sink. Marks without an event before them are of no interest to it.

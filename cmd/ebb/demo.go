@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -112,12 +113,13 @@ func demo(ctx context.Context, out io.Writer, log *slog.Logger, keep bool) (err 
 	if err != nil {
 		return err
 	}
-	server, err := postgres.Start(ctx, postgres.Config{Installation: installation, Fsync: true})
+	// Whoever else is on this machine reaches the port too.
+	server, err := postgres.Start(ctx, postgres.Config{Installation: installation, Fsync: true, Password: rand.Text()})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, server.Close()) }()
-	d.printf("  Postgres %-8s %s\n", installation.Version, d.dim(server.URL("postgres")))
+	d.printf("  Postgres %-8s %s\n", installation.Version, d.dim(fmt.Sprintf("127.0.0.1:%d", server.Port())))
 
 	dir, err := os.MkdirTemp("", "ebb-demo-")
 	if err != nil {
@@ -129,7 +131,7 @@ func demo(ctx context.Context, out io.Writer, log *slog.Logger, keep bool) (err 
 		return fmt.Errorf("start the NATS server: %w", err)
 	}
 	defer broker.Shutdown()
-	d.printf("  NATS     %-8s %s\n", natsd.VERSION, d.dim(broker.ClientURL()))
+	d.printf("  NATS     %-8s %s\n", natsd.VERSION, d.dim(fmt.Sprintf("127.0.0.1:%d", broker.Port())))
 
 	cfg := config.Default()
 	cfg.Postgres, cfg.Sink, cfg.Listen = server.URL("postgres"), broker.ClientURL(), ""
