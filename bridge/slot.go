@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
 
 	"ebb/decode"
@@ -25,8 +24,8 @@ const (
 	waitersEvery = 10 * time.Second
 )
 
-// EnsureSlot makes the slot, unless there is one that ebb has a record of. It returns whether it did. The slot and the
-// record come about together, so that the rows which the slot does not hold are known and will be delivered from the table.
+// EnsureSlot makes the slot, unless there is one that ebb has a record of. It returns whether it did. With the slot comes a
+// record of its snapshot, so that the rows which the slot does not hold are known and will be delivered from the table.
 func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 	conn, err := replication.Connect(ctx, cfg.Postgres, cfg.Slot)
 	if err != nil {
@@ -42,11 +41,11 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 		return false, err
 	}
 	slot, err := replication.InspectSlot(ctx, db, cfg.Slot)
-	switch {
-	case errors.Is(err, replication.ErrNoSlot):
-	case err != nil:
+	if err != nil && !errors.Is(err, replication.ErrNoSlot) {
 		return false, err
-	default:
+	}
+	exists := err == nil
+	if exists {
 		if err := slot.Usable(system.Database); err != nil {
 			return false, err
 		}
@@ -54,13 +53,18 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 		if err != nil && !errors.Is(err, sql.ErrNoRecord) {
 			return false, err
 		}
-		if err == nil && !slot.Lost() && record.SystemIdentifier == system.ID && record.Timeline == system.Timeline {
+		if err == nil && record.Made && !slot.Lost() && record.SystemIdentifier == system.ID && record.Timeline == system.Timeline {
 			return false, nil
 		}
 		if slot.Active {
 			return false, fmt.Errorf("%w: slot %q is not ebb's and is in use by pid %d (%s): stop that, or choose another name for "+
 				"the slot setting", replication.ErrForeignSlot, cfg.Slot, slot.ActivePID, slot.ActiveName)
 		}
+	}
+	if err := sql.PrepareSlot(ctx, db, cfg.Slot, system.ID, system.Timeline); err != nil {
+		return false, err
+	}
+	if exists {
 		if err := conn.DropSlot(ctx, cfg.Slot); err != nil {
 			return false, err
 		}
@@ -73,15 +77,19 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 		defer close(said)
 		sayWaiters(waiting, db, cfg.Logger)
 	}()
-	_, err = conn.CreateSlot(ctx, cfg.Slot, func(ctx context.Context, pg *pgconn.PgConn, slot replication.NewSlot) error {
-		return sql.RecordSlot(ctx, pg, cfg.Slot, system.ID, system.Timeline, slot.Snapshot, slot.ConsistentPoint)
-	})
+	made, err := conn.CreateSlot(ctx, cfg.Slot)
 	stopWaiting()
 	<-said
-	if errors.Is(err, context.DeadlineExceeded) {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
 		return false, fmt.Errorf("%w; transactions that have written must end before a slot can be made", err)
+	case err != nil:
+		return false, err
 	}
-	return err == nil, err
+	if err := sql.RecordSlot(ctx, db, cfg.Slot, made.Snapshot, made.ConsistentPoint); err != nil {
+		return false, err
+	}
+	return true, nil
 }
 
 // sayWaiters logs which transactions the creation of a slot waits for, as long as ctx lasts.
@@ -122,7 +130,7 @@ func (l *leader) ensureSlot(ctx context.Context) error {
 	if err != nil && !errors.Is(err, replication.ErrNoSlot) {
 		return err
 	}
-	lost := err != nil || slot.Lost()
+	lost := err != nil || slot.Lost() || !record.Made
 	if err == nil {
 		if err := slot.Usable(l.db.Config().Database); err != nil {
 			return err

@@ -93,7 +93,7 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (*Status, err
 		return nil, err
 	}
 	if err == nil {
-		if !record.Done {
+		if record.Made && !record.Done {
 			s.Recovery = &RecoveryStatus{Since: record.CreatedAt.UTC(), Events: record.Recovered}
 		}
 		tick, ok, err := sql.LastTick(ctx, db, record)

@@ -80,12 +80,12 @@ type NewSlot struct {
 	ConsistentPoint event.LSN
 }
 
-// CreateSlot creates a logical slot and calls record before anybody can use it, in the transaction that holds the slot's
-// snapshot. When record fails, or anything else after the slot exists, the slot is dropped again.
+// CreateSlot creates a logical slot. When anything goes wrong after the slot exists, it is dropped again.
 //
 // The server waits for every transaction that is writing now to end; ctx bounds that.
-func (c *Conn) CreateSlot(ctx context.Context, name string, record func(context.Context, *pgconn.PgConn, NewSlot) error) (_ NewSlot, err error) {
-	if _, err := c.exec(ctx, "BEGIN ISOLATION LEVEL REPEATABLE READ"); err != nil {
+func (c *Conn) CreateSlot(ctx context.Context, name string) (_ NewSlot, err error) {
+	// Newer minor releases want the transaction to be read-only, so that nothing can be recorded in it.
+	if _, err := c.exec(ctx, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"); err != nil {
 		return NewSlot{}, fmt.Errorf("create slot %q: %w", name, err)
 	}
 	res, err := pglogrepl.CreateReplicationSlot(ctx, c.pg, quoteIdent(name), Plugin, pglogrepl.CreateReplicationSlotOptions{
@@ -107,17 +107,13 @@ func (c *Conn) CreateSlot(ctx context.Context, name string, record func(context.
 	if slot.Snapshot, err = c.exec(ctx, "SELECT pg_current_snapshot()"); err != nil {
 		return NewSlot{}, fmt.Errorf("create slot %q: read its snapshot: %w", name, err)
 	}
-	if err := record(ctx, c.pg, slot); err != nil {
-		return NewSlot{}, fmt.Errorf("create slot %q: record its snapshot: %w", name, err)
-	}
 	if _, err := c.exec(ctx, "COMMIT"); err != nil {
-		return NewSlot{}, fmt.Errorf("create slot %q: commit the record of its snapshot: %w", name, err)
+		return NewSlot{}, fmt.Errorf("create slot %q: read its snapshot: %w", name, err)
 	}
 	return slot, nil
 }
 
-// abandonSlot drops a slot that was just created, on this connection if it still works. If it does not, the slot stays
-// without a record, by which the next CreateSlot's caller knows that it is nobody's.
+// abandonSlot drops a slot that was just created, on this connection if it still works.
 func (c *Conn) abandonSlot(name string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()

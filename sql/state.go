@@ -7,12 +7,11 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 
 	"ebb/event"
 )
 
-// ErrNoRecord says that ebb has no record of a slot: it was not made by ebb, or by a setup that was killed.
+// ErrNoRecord says that ebb has no record of a slot.
 var ErrNoRecord = errors.New("there is no record of the slot")
 
 // Connect opens an ordinary connection for the bridge's own statements.
@@ -68,27 +67,42 @@ type SlotRecord struct {
 	RecoveredID int64
 	// Recovered is how many events the recovery has delivered.
 	Recovered int64
+	// Made is false while the slot is being made: what there is of that name is another one.
+	Made bool
 	// Done says that all rows from before the slot are delivered.
 	Done bool
 	// CreatedAt is when the slot was made.
 	CreatedAt time.Time
 }
 
-// RecordSlot stores that a slot was made, in the transaction that made it. From here on, the rows that its snapshot sees and
-// that the newest tick has not recorded are to be delivered from the table. pg is a replication connection, which takes
-// statements by the simple protocol alone.
+// PrepareSlot stores that a slot is about to be made. Until [RecordSlot], the record says that a slot of this name, if there is
+// one, must be made anew: a slot cannot be made in one transaction with its record, and whoever is killed in between must
+// not leave a slot that seems to be the recorded one.
 //
 // The epoch rises when the record was of another cluster or timeline, where the same LSN is another place.
-func RecordSlot(ctx context.Context, pg *pgconn.PgConn, name, systemIdentifier string, timeline int32, snapshot string, consistentPoint event.LSN) error {
-	sql := fmt.Sprintf(`INSERT INTO ebb.slot AS s (name, system_identifier, timeline, snapshot, consistent_point, recovered_after, epoch)
-		SELECT %[1]s, %[2]s, %[3]d, %[4]s, %[5]s, (SELECT max(id) FROM ebb.tick WHERE slot = %[1]s AND system_identifier = %[2]s), 1
+func PrepareSlot(ctx context.Context, db *pgx.Conn, name, systemIdentifier string, timeline int32) error {
+	_, err := db.Exec(ctx, `INSERT INTO ebb.slot AS s (name, system_identifier, timeline, epoch) VALUES ($1, $2, $3, 1)
 		ON CONFLICT (name) DO UPDATE SET system_identifier = excluded.system_identifier, timeline = excluded.timeline,
-			snapshot = excluded.snapshot, consistent_point = excluded.consistent_point, created_at = excluded.created_at,
-			recovered_after = excluded.recovered_after, recovered_id = NULL, recovered_events = 0, recovered_at = NULL,
-			epoch = s.epoch + ((s.system_identifier, s.timeline) <> (excluded.system_identifier, excluded.timeline))::int`,
-		quoteLiteral(name), quoteLiteral(systemIdentifier), timeline, quoteLiteral(snapshot), quoteLiteral(consistentPoint.String()))
-	if _, err := pg.Exec(ctx, sql).ReadAll(); err != nil {
-		return withHint(err)
+			epoch = s.epoch + ((s.system_identifier, s.timeline) <> (excluded.system_identifier, excluded.timeline))::int,
+			snapshot = NULL, consistent_point = NULL, recovered_at = NULL`, name, systemIdentifier, timeline)
+	if err != nil {
+		return fmt.Errorf("record that slot %q is being made: %w", name, withHint(err))
+	}
+	return nil
+}
+
+// RecordSlot stores that a prepared slot was made. From here on, the rows that its snapshot sees and that the newest tick has
+// not recorded are to be delivered from the table.
+func RecordSlot(ctx context.Context, db *pgx.Conn, name, snapshot string, consistentPoint event.LSN) error {
+	tag, err := db.Exec(ctx, `UPDATE ebb.slot s SET snapshot = $2::text::pg_snapshot, consistent_point = $3::text::pg_lsn, created_at = clock_timestamp(),
+			recovered_id = NULL, recovered_events = 0,
+			recovered_after = (SELECT max(id) FROM ebb.tick WHERE slot = s.name AND system_identifier = s.system_identifier)
+		WHERE name = $1`, name, snapshot, consistentPoint.String())
+	if err != nil {
+		return fmt.Errorf("record slot %q: %w", name, withHint(err))
+	}
+	if tag.RowsAffected() != 1 {
+		return fmt.Errorf("record slot %q: %w", name, ErrNoRecord)
 	}
 	return nil
 }
@@ -97,9 +111,9 @@ func RecordSlot(ctx context.Context, pg *pgconn.PgConn, name, systemIdentifier s
 func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error) {
 	r := SlotRecord{Name: name}
 	err := db.QueryRow(ctx, `SELECT system_identifier, timeline, epoch, coalesce(recovered_after, 0), coalesce(recovered_id, 0), recovered_events,
-			recovered_at IS NOT NULL, created_at
+			snapshot IS NOT NULL, recovered_at IS NOT NULL, created_at
 		FROM ebb.slot WHERE name = $1`, name).
-		Scan(&r.SystemIdentifier, &r.Timeline, &r.Epoch, &r.RecoveredAfter, &r.RecoveredID, &r.Recovered, &r.Done, &r.CreatedAt)
+		Scan(&r.SystemIdentifier, &r.Timeline, &r.Epoch, &r.RecoveredAfter, &r.RecoveredID, &r.Recovered, &r.Made, &r.Done, &r.CreatedAt)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return SlotRecord{}, fmt.Errorf("slot %q: %w", name, ErrNoRecord)
 	}
@@ -107,14 +121,6 @@ func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error
 		return SlotRecord{}, fmt.Errorf("read the record of slot %q: %w", name, withHint(err))
 	}
 	return r, nil
-}
-
-// ForgetSlot deletes the record of a slot.
-func ForgetSlot(ctx context.Context, db *pgx.Conn, name string) error {
-	if _, err := db.Exec(ctx, "DELETE FROM ebb.slot WHERE name = $1", name); err != nil {
-		return fmt.Errorf("forget slot %q: %w", name, withHint(err))
-	}
-	return nil
 }
 
 // Row is a row of the buffer that is read from the table. Nil means NULL.

@@ -60,9 +60,9 @@ CREATE TABLE ebb.slot (
     timeline          integer NOT NULL,
     epoch             integer NOT NULL,
     -- Rows that this snapshot sees are not in the slot: they are delivered from the table, those apart that the tick
-    -- recovered_after had recorded already.
-    snapshot          pg_snapshot NOT NULL,
-    consistent_point  pg_lsn NOT NULL,
+    -- recovered_after had recorded already. NULL: the slot is being made, and if there is one, it is not this one.
+    snapshot          pg_snapshot,
+    consistent_point  pg_lsn,
     created_at        timestamptz NOT NULL DEFAULT clock_timestamp(),
     recovered_after   bigint,
     recovered_id      bigint,
