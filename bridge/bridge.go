@@ -146,6 +146,9 @@ func lead(stop context.Context, cfg Config) error {
 		err = l.recover(ctx)
 	}
 	if err == nil {
+		err = l.start(ctx)
+	}
+	if err == nil {
 		detach()
 		err = l.stream(stop, ctx)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strconv"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgtype"
@@ -135,7 +136,8 @@ func (l *leader) ensureSlot(ctx context.Context) error {
 		if err := slot.Usable(l.db.Config().Database); err != nil {
 			return err
 		}
-		if slot.Active && slot.ActiveName != l.Slot {
+		// A walsender that ends at this moment is active still and has no name any more.
+		if slot.Active && slot.ActiveName != "" && slot.ActiveName != l.Slot {
 			return fmt.Errorf("%w: slot %q is in use by pid %d (%s), which is no bridge: stop that", replication.ErrForeignSlot, l.Slot,
 				slot.ActivePID, slot.ActiveName)
 		}
@@ -185,13 +187,18 @@ func (l *leader) recover(ctx context.Context) error {
 	if _, err := l.Sink.Resume(ctx, known); err != nil {
 		return &sinkError{err}
 	}
-	held := map[string]struct{}{}
+	// Of the ids that the sink holds, only those matter that are still to come: they are few, however much is recovered.
+	held := map[int64]struct{}{}
 	if scanner, ok := l.Sink.(sink.IDScanner); ok {
 		floor, err := sql.RecoveryFloor(ctx, l.db, l.Slot)
 		if err != nil {
 			return err
 		}
-		if err := scanner.ScanIDs(ctx, floor, func(id []byte) { held[string(id)] = struct{}{} }); err != nil {
+		if err := scanner.ScanIDs(ctx, floor, func(id []byte) {
+			if n, err := strconv.ParseInt(string(id), 10, 64); err == nil && n > l.record.RecoveredID {
+				held[n] = struct{}{}
+			}
+		}); err != nil {
 			return err
 		}
 	}
@@ -223,7 +230,7 @@ func (l *leader) recover(ctx context.Context) error {
 }
 
 // recoverPage delivers those of the rows that the sink does not hold, and returns how many they were.
-func (l *leader) recoverPage(ctx context.Context, known sink.Known, rows []sql.Row, held map[string]struct{}) (int, error) {
+func (l *leader) recoverPage(ctx context.Context, known sink.Known, rows []sql.Row, held map[int64]struct{}) (int, error) {
 	tail, err := l.Sink.Resume(ctx, known)
 	if err != nil {
 		return 0, &sinkError{err}
@@ -234,12 +241,11 @@ func (l *leader) recoverPage(ctx context.Context, known sink.Known, rows []sql.R
 	managed := decode.Managed()
 	batch := event.NewBatch()
 	for _, row := range rows {
-		id := fmt.Append(nil, row.ID)
-		if _, ok := held[string(id)]; ok {
+		if _, ok := held[row.ID]; ok {
 			continue
 		}
 		if err := managed.AppendRow(batch, decode.Row{
-			ID: id, Topic: row.Topic, Key: row.Key, Payload: row.Payload, Headers: row.Headers,
+			ID: strconv.AppendInt(nil, row.ID, 10), Topic: row.Topic, Key: row.Key, Payload: row.Payload, Headers: row.Headers,
 			PayloadType: pgtype.JSONOID, Time: row.CreatedAt, Position: tail,
 		}); err != nil {
 			return 0, err

@@ -41,18 +41,19 @@ type leader struct {
 
 	out     *replication.Stream
 	tracker *tracker
+	// tail is the last event that the sink held when this stream started.
+	tail event.Position
 	// before is how many events were delivered before this stream started.
 	before int64
 }
 
-// stream delivers what the slot sends, until stop ends, which lets the sink finish, or until ctx ends or something fails.
-func (l *leader) stream(stop, ctx context.Context) error {
+// start asks the sink where to go on, and starts streaming from the slot.
+func (l *leader) start(ctx context.Context) error {
 	known, tick, err := l.known(ctx)
 	if err != nil {
 		return err
 	}
-	tail, err := l.Sink.Resume(ctx, known)
-	if err != nil {
+	if l.tail, err = l.Sink.Resume(ctx, known); err != nil {
 		return &sinkError{err}
 	}
 	slot, err := replication.InspectSlot(ctx, l.db, l.Slot)
@@ -65,12 +66,19 @@ func (l *leader) stream(stop, ctx context.Context) error {
 	}
 	l.out, err = conn.Start(ctx, l.Slot, l.Publication, slot.ConfirmedFlush)
 	if err != nil {
+		if _, gone := replication.InspectSlot(ctx, l.db, l.Slot); errors.Is(gone, replication.ErrNoSlot) {
+			return gone // a moment ago: it is made anew in the next round
+		}
 		return err
 	}
-	l.Logger.Info("streaming", "slot", l.Slot, "from", slot.ConfirmedFlush, "delivered", tail)
-	l.tracker = newTracker(slot.ConfirmedFlush, sink.Progress{Position: tail, Sequence: known.Sequence})
+	l.Logger.Info("streaming", "slot", l.Slot, "from", slot.ConfirmedFlush, "delivered", l.tail)
+	l.tracker = newTracker(slot.ConfirmedFlush, sink.Progress{Position: l.tail, Sequence: known.Sequence})
 	l.before = tick.Events
+	return nil
+}
 
+// stream delivers what the slot sends, until stop ends, which lets the sink finish, or until ctx ends or something fails.
+func (l *leader) stream(stop, ctx context.Context) error {
 	running, cancel := context.WithCancel(ctx)
 	defer cancel()
 	in := make(chan *event.Batch, handedBatches)
@@ -79,17 +87,18 @@ func (l *leader) stream(stop, ctx context.Context) error {
 	g.Go(func() error {
 		defer cancel()
 		defer close(sunk)
-		if err := l.Sink.Run(running, in, l.delivered); err != nil {
-			return &sinkError{err}
+		err := l.Sink.Run(running, in, l.delivered)
+		if err == nil || running.Err() != nil && errors.Is(err, context.Canceled) {
+			return nil // another has failed, and its error counts
 		}
-		return nil
+		return &sinkError{err}
 	})
 	g.Go(func() error {
 		defer cancel()
 		return l.tick(running)
 	})
 	g.Go(func() error {
-		err := l.read(stop, running, tail, in)
+		err := l.read(stop, running, in)
 		close(in)
 		err = errors.Join(err, l.drain(running, sunk))
 		cancel()
@@ -99,12 +108,12 @@ func (l *leader) stream(stop, ctx context.Context) error {
 }
 
 // read is the way of an event: from the slot, decoded, to the sink. It returns nil when stop or ctx ends.
-func (l *leader) read(stop, ctx context.Context, tail event.Position, in chan<- *event.Batch) error {
+func (l *leader) read(stop, ctx context.Context, in chan<- *event.Batch) error {
 	reading, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(stop, cancel)()
 
-	decoder := decode.New(decode.Config{Epoch: l.record.Epoch, SkipThrough: tail})
+	decoder := decode.New(decode.Config{Epoch: l.record.Epoch, SkipThrough: l.tail})
 	batch := event.NewBatch()
 	var said decode.Skipped
 	for behind := false; ; {
@@ -125,21 +134,21 @@ func (l *leader) read(stop, ctx context.Context, tail event.Position, in chan<- 
 			switch {
 			case msg.Data != nil:
 				if err := decoder.Decode(msg.Data, batch); err != nil {
-					return errors.Join(err, l.hand(ctx, in, batch))
+					return errors.Join(err, ignoreEnd(reading, l.hand(reading, in, batch)))
 				}
 				behind = msg.SendTime.Sub(decoder.CommitTime()) > behindBy
 			case !decoder.InTransaction():
 				batch.MarkEnd(msg.WALEnd)
 			}
 			if len(batch.Events) >= maxBatchEvents || batch.Size() >= maxBatchBytes {
-				if err := l.hand(ctx, in, batch); err != nil {
-					return err
+				if err := l.hand(reading, in, batch); err != nil {
+					return ignoreEnd(reading, err)
 				}
 				batch = event.NewBatch()
 			}
 		}
-		if err := l.hand(ctx, in, batch); err != nil {
-			return err
+		if err := l.hand(reading, in, batch); err != nil {
+			return ignoreEnd(reading, err)
 		}
 		batch = event.NewBatch()
 		said = l.saySkipped(decoder.Skipped(), said)
@@ -158,7 +167,8 @@ func (l *leader) saySkipped(skipped, said decode.Skipped) decode.Skipped {
 	return said
 }
 
-// hand passes a batch on to the sink. Marks without an event before them are of no interest to it.
+// hand passes a batch on to the sink. Marks without an event before them are of no interest to it. After an error the sink has
+// not got the batch, and must get none of those that follow: it would take them for what comes next.
 func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.Batch) error {
 	lsn := l.tracker.hand(batch)
 	l.out.Confirm(lsn, lsn)
@@ -166,11 +176,7 @@ func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.
 		batch.Release()
 		return nil
 	}
-	err := l.out.Hand(ctx, in, batch)
-	if errors.Is(err, ctx.Err()) {
-		return nil
-	}
-	return err
+	return l.out.Hand(ctx, in, batch)
 }
 
 // delivered is called by the sink.
@@ -217,4 +223,9 @@ func closeQuietly(db *pgxConn) {
 	defer cancel()
 	// The session is given up; that it may already be gone is why.
 	_ = db.Close(ctx)
+	// After a cancelled query it is closed in the background, and until then holds its locks.
+	select {
+	case <-db.PgConn().CleanupDone():
+	case <-ctx.Done():
+	}
 }

@@ -13,26 +13,34 @@ const caughtUpPoll = 20 * time.Millisecond
 
 // tick records delivery: once in TickEvery, and only when events were delivered since, a snapshot is read together with the
 // end of the log, and stored once everything before that end is delivered. A quiet buffer is not written to.
+//
+// The first tick comes in any case, as the last of what was delivered before the stream started may not be recorded. And every
+// delivery is followed by two: a transaction is decoded a moment before a snapshot shows it.
 func (l *leader) tick(ctx context.Context) error {
 	every := time.NewTicker(l.TickEvery)
 	defer every.Stop()
 	var recorded uint64
-	for {
+	for due := 2; ; {
 		select {
 		case <-every.C:
 		case <-ctx.Done():
 			return nil
 		}
-		// While the publication does not fit, the slot passes over rows without a word.
-		if err := sql.CheckPublication(ctx, l.db, l.Publication); err != nil {
-			return ignoreEnd(ctx, err)
-		}
-		if l.tracker.snapshot().delivered == recorded {
-			continue
+		// What is delivered from here on may be too late for the snapshot.
+		if delivered := l.tracker.snapshot().delivered; delivered != recorded {
+			recorded, due = delivered, 2
 		}
 		tick, err := sql.BeginTick(ctx, l.db)
 		if err != nil {
 			return ignoreEnd(ctx, err)
+		}
+		// While the publication does not fit, the slot passes over rows without a word. It is looked at after the snapshot
+		// was taken, so that no such row can be in there.
+		if err := sql.CheckPublication(ctx, l.db, l.Publication); err != nil {
+			return ignoreEnd(ctx, err)
+		}
+		if due == 0 {
+			continue
 		}
 		now, ok := l.awaitDelivered(ctx, tick.LSN)
 		if !ok {
@@ -42,7 +50,7 @@ func (l *leader) tick(ctx context.Context) error {
 		if err := sql.StoreTick(ctx, l.db, l.record, tick, l.TickKeep); err != nil {
 			return ignoreEnd(ctx, err)
 		}
-		recorded = now.delivered
+		due--
 	}
 }
 

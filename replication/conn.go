@@ -60,7 +60,13 @@ func Connect(ctx context.Context, url, name string) (*Conn, error) {
 func (c *Conn) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
-	return c.pg.Close(ctx)
+	err := c.pg.Close(ctx)
+	// After a cancelled command it is closed in the background.
+	select {
+	case <-c.pg.CleanupDone():
+	case <-ctx.Done():
+	}
+	return err
 }
 
 // Identify asks the server which cluster and timeline it is.

@@ -275,10 +275,9 @@ func (s *Stream) hold(ctx context.Context, out chan<- *event.Batch, b *event.Bat
 }
 
 // Confirm says how far delivery has come: everything before write is delivered, and nothing before flush is needed again.
-// The owner of the stream is woken to report it. Neither may go back.
+// The owner of the stream is woken to report it. Neither goes back: of several callers at once, the furthest counts.
 func (s *Stream) Confirm(write, flush event.LSN) {
-	newWrite := s.write.Swap(uint64(write)) != uint64(write)
-	newFlush := s.flush.Swap(uint64(flush)) != uint64(flush)
+	newWrite, newFlush := raise(&s.write, uint64(write)), raise(&s.flush, uint64(flush))
 	if !newWrite && !newFlush {
 		return
 	}
@@ -288,6 +287,19 @@ func (s *Stream) Confirm(write, flush event.LSN) {
 	default:
 	}
 	s.interrupt()
+}
+
+// raise sets v to at least to, and reports whether it was less.
+func raise(v *atomic.Uint64, to uint64) bool {
+	for {
+		old := v.Load()
+		if to <= old {
+			return false
+		}
+		if v.CompareAndSwap(old, to) {
+			return true
+		}
+	}
 }
 
 // Close reports what was confirmed, says goodbye and closes the connection.

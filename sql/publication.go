@@ -32,7 +32,8 @@ func publishedBuffer(serverVersion int) string {
 	return "ebb.buffer (" + strings.Join(bufferColumns, ", ") + ")"
 }
 
-// applyPublication creates or mends the publication, and returns a line when it did.
+// applyPublication creates or mends the publication, and returns a line when it did. The slots that there are have then passed
+// over rows, and will again when they are read from before the mending: so they are to be made anew.
 func applyPublication(ctx context.Context, tx pgx.Tx, name string) (string, error) {
 	v, err := serverVersion(ctx, tx)
 	if err != nil {
@@ -45,6 +46,9 @@ func applyPublication(ctx context.Context, tx pgx.Tx, name string) (string, erro
 	if !exists {
 		if _, err := tx.Exec(ctx, createPublication(name, v)); err != nil {
 			return "", fmt.Errorf("create publication %q: %w", name, err)
+		}
+		if _, err := tx.Exec(ctx, remakeSlots); err != nil {
+			return "", fmt.Errorf("have the slots made anew: %w", err)
 		}
 		return "created publication " + name, nil
 	}
@@ -64,6 +68,7 @@ func applyPublication(ctx context.Context, tx pgx.Tx, name string) (string, erro
 	for _, st := range []string{
 		fmt.Sprintf("ALTER PUBLICATION %s SET (publish = 'insert', publish_via_partition_root = true)", quoteIdent(name)),
 		fmt.Sprintf("ALTER PUBLICATION %s SET TABLE %s", quoteIdent(name), publishedBuffer(v)),
+		remakeSlots,
 	} {
 		if _, err := tx.Exec(ctx, st); err != nil {
 			return "", fmt.Errorf("mend publication %q: %w", name, err)

@@ -11,8 +11,12 @@ import (
 	"ebb/event"
 )
 
-// ErrNoRecord says that ebb has no record of a slot.
-var ErrNoRecord = errors.New("there is no record of the slot")
+var (
+	// ErrNoRecord says that ebb has no record of a slot.
+	ErrNoRecord = errors.New("there is no record of the slot")
+	// ErrNotMade says that a slot is to be made anew.
+	ErrNotMade = errors.New("the slot is to be made anew")
+)
 
 // Connect opens an ordinary connection for the bridge's own statements.
 func Connect(ctx context.Context, url, name string) (*pgx.Conn, error) {
@@ -74,6 +78,9 @@ type SlotRecord struct {
 	// CreatedAt is when the slot was made.
 	CreatedAt time.Time
 }
+
+// remakeSlots says of every slot that it is to be made anew.
+const remakeSlots = "UPDATE ebb.slot SET snapshot = NULL, consistent_point = NULL, recovered_at = NULL"
 
 // PrepareSlot stores that a slot is about to be made. Until [RecordSlot], the record says that a slot of this name, if there is
 // one, must be made anew: a slot cannot be made in one transaction with its record, and whoever is killed in between must
@@ -181,7 +188,8 @@ func RecoveryFloor(ctx context.Context, db *pgx.Conn, slot string) (uint64, erro
 	var seq int64
 	err := db.QueryRow(ctx, `SELECT coalesce((
 		SELECT t.stream_seq FROM ebb.slot s JOIN ebb.tick n ON n.id = s.recovered_after
-		JOIN ebb.tick t ON t.system_identifier = n.system_identifier AND pg_snapshot_xmax(t.snapshot) <= pg_snapshot_xmin(n.snapshot)
+		JOIN ebb.tick t ON (t.slot, t.system_identifier) = (n.slot, n.system_identifier)
+			AND pg_snapshot_xmax(t.snapshot) <= pg_snapshot_xmin(n.snapshot)
 		WHERE s.name = $1 ORDER BY t.id DESC LIMIT 1), 0)`, slot).Scan(&seq)
 	if err != nil {
 		return 0, fmt.Errorf("find where the recovery starts in the stream: %w", withHint(err))
@@ -239,17 +247,24 @@ func endOfRecord(insert event.LSN, block, segment uint64) event.LSN {
 	return insert
 }
 
-// StoreTick stores a tick that has come true, and forgets those that are older than keep.
+// StoreTick stores a tick that has come true, and forgets those of the slot that are older than keep. It returns
+// ErrNotMade when the slot is to be made anew by now: a tick would have the recovery pass over rows.
 func StoreTick(ctx context.Context, db *pgx.Conn, r SlotRecord, t Tick, keep time.Duration) error {
-	_, err := db.Exec(ctx, `WITH stored AS (
-			INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier)
-			VALUES ($1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, $7, $8) RETURNING id)
-		DELETE FROM ebb.tick t USING ebb.slot s
-		WHERE s.name = $7 AND t.delivered_at < clock_timestamp() - make_interval(secs => $9) AND t.id IS DISTINCT FROM s.recovered_after`,
+	tag, err := db.Exec(ctx, `WITH slot AS (
+			SELECT name, recovered_after FROM ebb.slot WHERE name = $7 AND snapshot IS NOT NULL
+		), forgotten AS (
+			DELETE FROM ebb.tick t USING slot
+			WHERE t.slot = slot.name AND t.delivered_at < clock_timestamp() - make_interval(secs => $9)
+			  AND t.id IS DISTINCT FROM slot.recovered_after)
+		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier)
+		SELECT $1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, slot.name, $8 FROM slot`,
 		t.LSN.String(), t.Snapshot, t.Position.String(), int64(t.StreamSeq), int32(t.Position.Epoch), t.Events, r.Name, r.SystemIdentifier,
 		keep.Seconds())
 	if err != nil {
 		return fmt.Errorf("store a tick: %w", withHint(err))
+	}
+	if tag.RowsAffected() == 0 {
+		return fmt.Errorf("store a tick of slot %q: %w", r.Name, ErrNotMade)
 	}
 	return nil
 }

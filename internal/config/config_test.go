@@ -90,7 +90,12 @@ func TestDocumentedConfigurations(t *testing.T) {
 				continue
 			}
 			// Variables of a documented file are any; those that stand in for flags are not set.
-			getenv := func(name string) (string, bool) { return testDSN, !strings.HasPrefix(name, "EBB_") }
+			getenv := func(name string) (string, bool) {
+				if strings.HasPrefix(name, "EBB_") {
+					return "", false
+				}
+				return testDSN, true
+			}
 			found++
 			if _, err := load(Sources{File: page, Getenv: getenv}, []byte(block)); err != nil {
 				t.Errorf("a configuration in the documentation is refused: %v", err)
