@@ -10,8 +10,11 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"syscall"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/spf13/cobra"
 
 	"ebb/internal/config"
@@ -56,13 +59,28 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 	if errors.Is(err, errCheck) {
 		return exitCheck
 	}
-	fmt.Fprintln(stderr, "ebb:", err)
+	fmt.Fprintln(stderr, "ebb:", text(err))
 	var usage *usageError
 	var cfg *config.Error
 	if errors.As(err, &usage) || errors.As(err, &cfg) {
 		return exitUsage
 	}
 	return exitFailed
+}
+
+// text is what is printed of an error. That of a connection has a line for each address and for each attempt with and without
+// TLS, of which many are the same.
+func text(err error) string {
+	var connect *pgconn.ConnectError
+	if !errors.As(err, &connect) {
+		return err.Error()
+	}
+	lines := strings.Split(err.Error(), "\n")
+	for i := range lines {
+		lines[i] = strings.TrimSpace(lines[i])
+	}
+	lines = slices.Compact(lines)
+	return strings.ReplaceAll(strings.Join(lines, "; "), ":; ", ": ")
 }
 
 // app is what all commands share.

@@ -257,8 +257,8 @@ func (p *publisher) send() error {
 
 func (p *publisher) reason(e *event.Event, err error) error {
 	if errors.Is(err, nats.ErrMaxPayload) {
-		return fmt.Errorf("its %d bytes and its headers are more than the server's max_payload of %d: raise max_payload, or delete the row "+
-			"from ebb.buffer and drop the event: %w", len(e.Payload), p.nc.MaxPayload(), err)
+		return fmt.Errorf("its %d bytes and its headers are more than the server's max_payload of %d: raise it there and start ebb run "+
+			"again: %w", len(e.Payload), p.nc.MaxPayload(), err)
 	}
 	return err
 }
