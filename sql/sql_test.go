@@ -227,3 +227,216 @@ func TestTickRecordsWhatItsSnapshotSees(t *testing.T) {
 		t.Errorf("read back %+v, %v, %v; stored %+v", got, ok, err, tick)
 	}
 }
+
+// slot records a slot without one, and returns its record.
+func slot(t *testing.T, db *pgtest.Database, name, system string) sql.SlotRecord {
+	t.Helper()
+	conn := db.Connect(t)
+	if err := sql.PrepareSlot(t.Context(), conn, name, system, 1); err != nil {
+		t.Fatal(err)
+	}
+	if r := read(t, conn, name); r.Made || r.Done {
+		t.Errorf("a slot that is being made is %+v", r)
+	}
+	snapshot := pgtest.Value[string](t, db, "SELECT pg_current_snapshot()::text")
+	if err := sql.RecordSlot(t.Context(), conn, name, snapshot, 1); err != nil {
+		t.Fatal(err)
+	}
+	r := read(t, conn, name)
+	if !r.Made || r.Done || r.RecoveredID != 0 || r.Recovered != 0 {
+		t.Errorf("a slot that was made is %+v", r)
+	}
+	return r
+}
+
+func read(t *testing.T, conn *pgx.Conn, name string) sql.SlotRecord {
+	t.Helper()
+	r, err := sql.ReadSlot(t.Context(), conn, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// recordAll stores a tick that covers all rows, and returns its id.
+func recordAll(t *testing.T, conn *pgx.Conn, r sql.SlotRecord, seq uint64) int64 {
+	t.Helper()
+	tick, err := sql.BeginTick(t.Context(), conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tick.StreamSeq = seq
+	if err := sql.StoreTick(t.Context(), conn, r, tick, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	last, ok, err := sql.LastTick(t.Context(), conn, r)
+	if err != nil || !ok || last.StreamSeq != seq {
+		t.Fatalf("stored a tick at %d and read %+v, %v, %v", seq, last, ok, err)
+	}
+	return last.ID
+}
+
+func TestRecordOfASlot(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	conn := db.Connect(t)
+	if _, err := sql.ReadSlot(t.Context(), conn, "s"); !errors.Is(err, sql.ErrNoRecord) {
+		t.Fatalf("before: %v", err)
+	}
+	if r := slot(t, db, "s", "1"); r.Epoch != 1 || r.RecoveredAfter != 0 {
+		t.Errorf("first: %+v", r)
+	}
+	if err := sql.Recovered(t.Context(), conn, "s", 7, 5); err != nil {
+		t.Fatal(err)
+	}
+	if r := read(t, conn, "s"); r.RecoveredID != 7 || r.Recovered != 5 || r.Done {
+		t.Errorf("in the middle: %+v", r)
+	}
+	if err := sql.RecoveryDone(t.Context(), conn, "s"); err != nil {
+		t.Fatal(err)
+	}
+	r := read(t, conn, "s")
+	if !r.Done {
+		t.Errorf("after it: %+v", r)
+	}
+	tick := recordAll(t, conn, r, 1)
+	if r := slot(t, db, "s", "1"); r.Epoch != 1 || r.RecoveredAfter != tick {
+		t.Errorf("made anew: %+v, want the tick %d", r, tick)
+	}
+	if r := slot(t, db, "s", "2"); r.Epoch != 2 || r.RecoveredAfter != 0 {
+		t.Errorf("on another cluster, whose ticks are others: %+v", r)
+	}
+	if r := slot(t, db, "other", "2"); r.Epoch != 1 || r.RecoveredAfter != 0 {
+		t.Errorf("another slot: %+v", r)
+	}
+	if err := sql.RecordSlot(t.Context(), conn, "unprepared", "1:1:", 1); !errors.Is(err, sql.ErrNoRecord) {
+		t.Errorf("recorded without being prepared: %v", err)
+	}
+}
+
+// Pages hold rows in order of their ids, no more of them than fit, and at least one.
+func TestRowsToRecoverComeInPages(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	conn := db.Connect(t)
+	db.Exec(t, "SELECT ebb.put('recorded', '{}')")
+	r := slot(t, db, "s", "1")
+	recordAll(t, conn, r, 1)
+	const payload = 100 // bytes
+	db.Exec(t, `SELECT ebb.put('t', to_json(repeat('x', 98)), 'k', '{"h": 1}') FROM generate_series(1, 2500)`)
+	tx, err := db.Connect(t).Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(t.Context(), "SELECT ebb.put('open', '{}')"); err != nil {
+		t.Fatal(err)
+	}
+	slot(t, db, "s", "1")
+	if err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	db.Exec(t, "SELECT ebb.put('later', '{}')")
+
+	for _, c := range []struct{ size, page int }{{1, 1}, {payload, 1}, {payload + 1, 2}, {10 * payload, 10}, {1 << 30, 1000}} {
+		rows, err := sql.RowsToRecover(t.Context(), conn, "s", 0, c.size)
+		if err != nil || len(rows) != c.page {
+			t.Errorf("%d bytes: %d rows, want %d; %v", c.size, len(rows), c.page, err)
+		}
+	}
+	var got []int64
+	for after := int64(0); ; {
+		rows, err := sql.RowsToRecover(t.Context(), conn, "s", after, 37_000)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(rows) == 0 {
+			break
+		}
+		for _, row := range rows {
+			if string(row.Topic) != "t" || string(row.Key) != "k" || len(row.Payload) != payload || string(row.Headers) != `{"h": 1}` || row.CreatedAt.IsZero() {
+				t.Fatalf("row is %s", row.Topic)
+			}
+			got = append(got, row.ID)
+		}
+		after = rows[len(rows)-1].ID
+	}
+	if want := pgtest.Value[[]int64](t, db, "SELECT array_agg(id ORDER BY id) FROM ebb.buffer WHERE topic = 't'"); !slices.Equal(got, want) {
+		t.Errorf("%d rows are to be recovered, want %d", len(got), len(want))
+	}
+}
+
+// Where to look in the stream for what need not be recovered: behind the newest tick that had ended before the one that
+// counts began, of the same slot.
+func TestRecoveryFloor(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	conn := db.Connect(t)
+	floor := func() uint64 {
+		t.Helper()
+		n, err := sql.RecoveryFloor(t.Context(), conn, "s")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	r, other := slot(t, db, "s", "1"), slot(t, db, "other", "1")
+	if n := floor(); n != 0 {
+		t.Errorf("without a tick: %d", n)
+	}
+	recordAll(t, conn, r, 10)
+	tx, err := db.Connect(t).Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(t.Context(), "SELECT pg_current_xact_id()"); err != nil {
+		t.Fatal(err)
+	}
+	db.Exec(t, "SELECT pg_current_xact_id()")
+	recordAll(t, conn, r, 20) // sees a transaction in progress that the one before has not seen end
+	recordAll(t, conn, other, 900)
+	slot(t, db, "s", "1")
+	if n := floor(); n != 10 {
+		t.Errorf("with a transaction open: %d, want 10", n)
+	}
+	if err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	recordAll(t, conn, other, 950)
+	recordAll(t, conn, r, 30)
+	slot(t, db, "s", "1")
+	if n := floor(); n != 30 {
+		t.Errorf("with none open: %d, want 30", n)
+	}
+}
+
+// Ticks are forgotten when they are old, but for the one that a recovery needs, and those of other slots.
+func TestOldTicksAreForgotten(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	conn := db.Connect(t)
+	r, other := slot(t, db, "s", "1"), slot(t, db, "other", "1")
+	recordAll(t, conn, r, 1)
+	recordAll(t, conn, r, 2)
+	recordAll(t, conn, other, 3)
+	r = slot(t, db, "s", "1") // refers to the tick at 2
+	recordAll(t, conn, r, 4)
+	db.Exec(t, "UPDATE ebb.tick SET delivered_at = delivered_at - interval '2 hours'")
+	recordAll(t, conn, r, 5)
+	if got := pgtest.Value[[]int64](t, db, "SELECT array_agg(stream_seq ORDER BY id) FROM ebb.tick"); !slices.Equal(got, []int64{2, 3, 5}) {
+		t.Errorf("ticks at %d are left, want 2 (referred to), 3 (of another slot) and 5 (the newest)", got)
+	}
+
+	// A slot that is to be made anew gets no ticks: what it passed over would count as delivered.
+	db.Exec(t, "ALTER PUBLICATION ebb DROP TABLE ebb.buffer")
+	apply(t, db, setup)
+	if r := read(t, conn, "s"); r.Made || r.Epoch != 1 {
+		t.Errorf("after its publication was mended, the slot is %+v", r)
+	}
+	tick, err := sql.BeginTick(t.Context(), conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sql.StoreTick(t.Context(), conn, r, tick, time.Hour); !errors.Is(err, sql.ErrNotMade) {
+		t.Errorf("stored a tick: %v, want ErrNotMade", err)
+	}
+}
