@@ -24,6 +24,8 @@ type Config struct {
 	Slot        string
 	Publication string
 	Sink        sink.Sink
+	// Destination names where the sink delivers. What was recorded of another one does not count for it.
+	Destination string
 	Logger      *slog.Logger
 
 	// TickEvery is how often delivery is recorded while events are delivered, and TickKeep for how long the records
@@ -87,7 +89,7 @@ func (e *sinkError) Unwrap() error { return e.err }
 // isPermanent reports whether waiting cannot mend err.
 func isPermanent(err error) bool {
 	for _, target := range []error{
-		ErrSetup, sql.ErrNoSchema, sql.ErrPublication, decode.ErrMapping, decode.ErrMalformed, decode.ErrRow,
+		ErrSetup, sql.ErrNoSchema, sql.ErrPublication, decode.ErrMapping, decode.ErrMalformed, decode.ErrRow, decode.ErrPositions,
 		replication.ErrForeignSlot, replication.ErrWALLevel,
 	} {
 		if errors.Is(err, target) {

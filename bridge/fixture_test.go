@@ -222,6 +222,7 @@ type testSink struct {
 	gate     chan struct{} // closed while it is open
 	resume   chan struct{} // closed while Resume answers
 	received int
+	asked    int
 }
 
 var (
@@ -269,21 +270,22 @@ func (s *testSink) unblock() {
 	close(s.gate)
 }
 
-func (s *testSink) Resume(ctx context.Context, known sink.Known) (event.Position, error) {
+func (s *testSink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) {
 	s.mu.Lock()
 	resume := s.resume
+	s.asked++
 	s.mu.Unlock()
 	select {
 	case <-resume:
 	case <-ctx.Done():
-		return event.Position{}, ctx.Err()
+		return sink.Tail{}, ctx.Err()
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.exact || s.last.Compare(known.Position) > 0 {
-		return s.last, nil
+		return sink.Tail{Position: s.last}, nil
 	}
-	return known.Position, nil
+	return sink.Tail{Position: known.Position}, nil
 }
 
 func (s *testSink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {
@@ -347,6 +349,13 @@ func (s *testSink) taken() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.received
+}
+
+// timesAsked is how often Resume was called.
+func (s *testSink) timesAsked() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.asked
 }
 
 func (s *testSink) all() []event.Event {

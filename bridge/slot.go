@@ -190,7 +190,7 @@ func (l *leader) recover(ctx context.Context) error {
 	// Of the ids that the sink holds, only those matter that are still to come: they are few, however much is recovered.
 	held := map[int64]struct{}{}
 	if scanner, ok := l.Sink.(sink.IDScanner); ok {
-		floor, err := sql.RecoveryFloor(ctx, l.db, l.Slot)
+		floor, err := sql.RecoveryFloor(ctx, l.db, l.Slot, l.Destination)
 		if err != nil {
 			return err
 		}
@@ -235,8 +235,9 @@ func (l *leader) recoverPage(ctx context.Context, known sink.Known, rows []sql.R
 	if err != nil {
 		return 0, &sinkError{err}
 	}
-	if tail.IsZero() {
-		tail.Epoch = l.record.Epoch
+	position := tail.Position
+	if position.IsZero() {
+		position.Epoch = l.record.Epoch
 	}
 	managed := decode.Managed()
 	batch := event.NewBatch()
@@ -246,7 +247,7 @@ func (l *leader) recoverPage(ctx context.Context, known sink.Known, rows []sql.R
 		}
 		if err := managed.AppendRow(batch, decode.Row{
 			ID: strconv.AppendInt(nil, row.ID, 10), Topic: row.Topic, Key: row.Key, Payload: row.Payload, Headers: row.Headers,
-			PayloadType: pgtype.JSONOID, Time: row.CreatedAt, Position: tail,
+			PayloadType: pgtype.JSONOID, Time: row.CreatedAt, Position: position,
 		}); err != nil {
 			return 0, err
 		}

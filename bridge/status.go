@@ -3,6 +3,7 @@ package bridge
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"ebb/event"
@@ -74,8 +75,16 @@ func (s *Status) Healthy() bool {
 	return s.Role != RoleNone && s.Slot.WALStatus != "missing" && s.Slot.WALStatus != "lost"
 }
 
-// ReadStatus asks the database.
-func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (*Status, error) {
+// ReadStatus asks the database, in one transaction, so that what it says fits together.
+func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, err error) {
+	if _, err := db.Exec(ctx, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"); err != nil {
+		return nil, fmt.Errorf("read the status: %w", err)
+	}
+	defer func() {
+		if _, rollbackErr := db.Exec(ctx, "ROLLBACK"); err == nil && rollbackErr != nil {
+			err = fmt.Errorf("read the status: %w", rollbackErr)
+		}
+	}()
 	if err := sql.Check(ctx, db); err != nil {
 		return nil, err
 	}

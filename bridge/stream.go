@@ -40,9 +40,12 @@ type leader struct {
 	record sql.SlotRecord
 
 	out     *replication.Stream
+	decoder *decode.Decoder
 	tracker *tracker
+	// skipped is how many of the events that the sink has already were left out so far.
+	skipped uint64
 	// tail is the last event that the sink held when this stream started.
-	tail event.Position
+	tail sink.Tail
 	// before is how many events were delivered before this stream started.
 	before int64
 }
@@ -71,9 +74,14 @@ func (l *leader) start(ctx context.Context) error {
 		}
 		return err
 	}
-	l.Logger.Info("streaming", "slot", l.Slot, "from", slot.ConfirmedFlush, "delivered", l.tail)
-	l.tracker = newTracker(slot.ConfirmedFlush, sink.Progress{Position: l.tail, Sequence: known.Sequence})
+	l.Logger.Info("streaming", "slot", l.Slot, "from", slot.ConfirmedFlush, "delivered", l.tail.Position)
+	l.decoder = decode.New(decode.Config{Epoch: l.record.Epoch, SkipThrough: l.tail.Position, SkipThroughID: l.tail.ID})
+	_, remembers := l.Sink.(sink.IDScanner)
+	l.tracker = newTracker(slot.ConfirmedFlush, sink.Progress{Position: l.tail.Position, Sequence: l.tail.Sequence}, remembers)
 	l.before = tick.Events
+	if tick.ID == l.record.RecoveredAfter {
+		l.before += l.record.Recovered // no tick has counted them yet
+	}
 	return nil
 }
 
@@ -113,7 +121,6 @@ func (l *leader) read(stop, ctx context.Context, in chan<- *event.Batch) error {
 	defer cancel()
 	defer context.AfterFunc(stop, cancel)()
 
-	decoder := decode.New(decode.Config{Epoch: l.record.Epoch, SkipThrough: l.tail})
 	batch := event.NewBatch()
 	var said decode.Skipped
 	for behind := false; ; {
@@ -133,11 +140,11 @@ func (l *leader) read(stop, ctx context.Context, in chan<- *event.Batch) error {
 			}
 			switch {
 			case msg.Data != nil:
-				if err := decoder.Decode(msg.Data, batch); err != nil {
+				if err := l.decoder.Decode(msg.Data, batch); err != nil {
 					return errors.Join(err, ignoreEnd(reading, l.hand(reading, in, batch)))
 				}
-				behind = msg.SendTime.Sub(decoder.CommitTime()) > behindBy
-			case !decoder.InTransaction():
+				behind = msg.SendTime.Sub(l.decoder.CommitTime()) > behindBy
+			case !l.decoder.InTransaction():
 				batch.MarkEnd(msg.WALEnd)
 			}
 			if len(batch.Events) >= maxBatchEvents || batch.Size() >= maxBatchBytes {
@@ -151,7 +158,7 @@ func (l *leader) read(stop, ctx context.Context, in chan<- *event.Batch) error {
 			return ignoreEnd(reading, err)
 		}
 		batch = event.NewBatch()
-		said = l.saySkipped(decoder.Skipped(), said)
+		said = l.saySkipped(l.decoder.Skipped(), said)
 	}
 }
 
@@ -170,8 +177,10 @@ func (l *leader) saySkipped(skipped, said decode.Skipped) decode.Skipped {
 // hand passes a batch on to the sink. Marks without an event before them are of no interest to it. After an error the sink has
 // not got the batch, and must get none of those that follow: it would take them for what comes next.
 func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.Batch) error {
-	lsn := l.tracker.hand(batch)
-	l.out.Confirm(lsn, lsn)
+	skipped := l.decoder.Skipped().Delivered
+	confirmed := l.tracker.hand(batch, skipped-l.skipped)
+	l.skipped = skipped
+	l.out.Confirm(confirmed.write, confirmed.flush)
 	if len(batch.Events) == 0 {
 		batch.Release()
 		return nil
@@ -181,8 +190,8 @@ func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.
 
 // delivered is called by the sink.
 func (l *leader) delivered(p sink.Progress) {
-	lsn := l.tracker.deliver(p)
-	l.out.Confirm(lsn, lsn)
+	confirmed := l.tracker.deliver(p)
+	l.out.Confirm(confirmed.write, confirmed.flush)
 }
 
 // drain waits for the sink to deliver what it was handed, and keeps the replication connection alive meanwhile.
@@ -212,10 +221,13 @@ func (l *leader) known(ctx context.Context) (sink.Known, sql.Tick, error) {
 	if err != nil {
 		return sink.Known{}, sql.Tick{}, err
 	}
-	return sink.Known{
-		SystemIdentifier: l.record.SystemIdentifier, Database: l.db.Config().Database, Slot: l.Slot,
-		Position: tick.Position, Sequence: tick.StreamSeq,
-	}, tick, nil
+	known := sink.Known{
+		SystemIdentifier: l.record.SystemIdentifier, Database: l.db.Config().Database, Slot: l.Slot, Buffer: l.record.Buffer,
+	}
+	if tick.Destination == l.Destination {
+		known.Position, known.Sequence = tick.Position, tick.StreamSeq
+	}
+	return known, tick, nil
 }
 
 func closeQuietly(db *pgxConn) {

@@ -47,9 +47,12 @@ func (l *leader) tick(ctx context.Context) error {
 			return nil
 		}
 		tick.Position, tick.StreamSeq, tick.Events = now.last.Position, now.last.Sequence, l.before+int64(now.delivered)
+		tick.Destination = l.Destination
 		if err := sql.StoreTick(ctx, l.db, l.record, tick, l.TickKeep); err != nil {
 			return ignoreEnd(ctx, err)
 		}
+		confirmed := l.tracker.cover(tick.LSN)
+		l.out.Confirm(confirmed.write, confirmed.flush)
 		due--
 	}
 }
@@ -59,7 +62,7 @@ func (l *leader) awaitDelivered(ctx context.Context, lsn event.LSN) (snapshot, b
 	poll := time.NewTicker(caughtUpPoll)
 	defer poll.Stop()
 	for {
-		if now := l.tracker.snapshot(); now.lsn >= lsn {
+		if now := l.tracker.snapshot(); now.write >= lsn {
 			return now, true
 		}
 		select {

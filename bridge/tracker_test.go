@@ -9,66 +9,120 @@ import (
 	"ebb/sink"
 )
 
-// The tracker against a model that remembers every mark and every event.
+// The tracker against a model that remembers every mark, every event and every tick.
 func TestTracker(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		start := event.LSN(rapid.Uint64Range(1, 1000).Draw(t, "start"))
-		tracker := newTracker(start, sink.Progress{})
-		type mark struct {
+		ticked := rapid.Bool().Draw(t, "ticked")
+		tracker := newTracker(start, sink.Progress{}, ticked)
+		type modelMark struct {
 			events int
 			lsn    event.LSN
 		}
-		var marks []mark
+		var marks []modelMark
 		handed, delivered, end := 0, 0, start
-		last := start
-		check := func(lsn event.LSN) {
-			want := start
+		tick := event.LSN(0) // everything before it is covered
+		last := confirmation{start, start}
+		check := func(got confirmation) {
+			want := confirmation{start, start}
+			// An event is covered when the transaction that it is in ends at or before a tick.
+			covered := -1
 			for _, m := range marks {
-				if m.events <= delivered {
-					want = max(want, m.lsn)
-				} else if lsn >= m.lsn {
-					t.Fatalf("%s covers event %d, and only %d are delivered", lsn, m.events, delivered)
+				if m.events <= delivered && m.lsn <= tick {
+					covered = m.events
 				}
 			}
-			if lsn != want {
-				t.Fatalf("is at %s with %d of %d delivered, want %s", lsn, delivered, handed, want)
+			if tick > 0 {
+				covered = max(covered, 0)
 			}
-			if lsn < last {
-				t.Fatalf("went back from %s to %s", last, lsn)
+			for _, m := range marks {
+				if m.events > delivered {
+					if got.write >= m.lsn {
+						t.Fatalf("write %s covers event %d, and only %d are delivered", got.write, m.events, delivered)
+					}
+					continue
+				}
+				want.write = max(want.write, m.lsn)
+				if !ticked || m.events <= covered {
+					want.flush = max(want.flush, m.lsn)
+				}
 			}
-			last = lsn
-			if now := tracker.snapshot(); now.lsn != lsn || now.delivered != uint64(delivered) || now.waiting != uint64(handed-delivered) {
-				t.Fatalf("snapshot %+v, with %d of %d delivered up to %s", now, delivered, handed, lsn)
+			if got != want {
+				t.Fatalf("confirms %v with %d of %d delivered and a tick at %s, want %v", got, delivered, handed, tick, want)
+			}
+			if got.write < last.write || got.flush < last.flush {
+				t.Fatalf("went back from %v to %v", last, got)
+			}
+			last = got
+			if now := tracker.snapshot(); now.confirmation != got || now.delivered != uint64(delivered) || now.waiting != uint64(handed-delivered) {
+				t.Fatalf("snapshot %+v, with %d of %d delivered and %v", now, delivered, handed, got)
 			}
 		}
+		streaming := false
 		hand := func(t *rapid.T) {
 			b := event.NewBatch()
 			defer b.Release()
+			skipped := 0
+			if !streaming { // what the sink has comes first
+				skipped = rapid.IntRange(0, 3).Draw(t, "skipped")
+				handed, delivered, end = handed+skipped, delivered+skipped, end+event.LSN(skipped)
+			}
 			for range rapid.IntRange(0, 6).Draw(t, "steps") {
 				switch rapid.IntRange(0, 2).Draw(t, "step") {
 				case 0, 1:
 					b.Events = append(b.Events, event.Event{})
+					streaming = true
 					end++
 				case 2: // the end of a transaction, or a keepalive, which may say what was said before
 					end += event.LSN(rapid.IntRange(0, 3).Draw(t, "log"))
 					b.MarkEnd(end)
-					marks = append(marks, mark{handed + len(b.Events), end})
+					marks = append(marks, modelMark{handed + len(b.Events), end})
 				}
 			}
 			handed += len(b.Events)
-			check(tracker.hand(b))
+			check(tracker.hand(b, uint64(skipped)))
 		}
 		deliver := func(t *rapid.T) {
 			n := rapid.IntRange(0, handed-delivered).Draw(t, "delivered")
 			delivered += n
 			check(tracker.deliver(sink.Progress{Events: n}))
 		}
-		t.Repeat(map[string]func(*rapid.T){"hand": hand, "deliver": deliver})
+		cover := func(t *rapid.T) {
+			// A tick is stored only where everything before it is delivered.
+			tick = max(tick, event.LSN(rapid.Uint64Range(1, uint64(last.write)).Draw(t, "tick")))
+			check(tracker.cover(tick))
+		}
+		t.Repeat(map[string]func(*rapid.T){"hand": hand, "deliver": deliver, "cover": cover})
 		n := handed - delivered
 		delivered = handed
 		check(tracker.deliver(sink.Progress{Events: n}))
-		if len(tracker.marks) != 0 {
-			t.Fatalf("%d marks are left", len(tracker.marks))
+		tick = end
+		check(tracker.cover(tick))
+		if len(tracker.waiting)+len(tracker.done) != 0 {
+			t.Fatalf("marks are left: %v, %v", tracker.waiting, tracker.done)
 		}
 	})
+}
+
+// A tick that is long in coming makes flush late, and nothing large.
+func TestTrackerThinsOutWhatWaitsForATick(t *testing.T) {
+	tracker := newTracker(1, sink.Progress{}, true)
+	const n = 5 * maxDone
+	for i := range n {
+		b := event.NewBatch()
+		b.Events = append(b.Events, event.Event{})
+		b.MarkEnd(event.LSN(2 + i))
+		tracker.hand(b, 0)
+		b.Release()
+		tracker.deliver(sink.Progress{Events: 1})
+	}
+	if len(tracker.done) > maxDone {
+		t.Errorf("%d marks wait", len(tracker.done))
+	}
+	if got := tracker.cover(n / 2); got.flush > n/2 || got.flush < n/2-100 {
+		t.Errorf("flush is %d behind a tick at %d", got.flush, n/2)
+	}
+	if got := tracker.cover(n + 1); got.flush != n+1 {
+		t.Errorf("flush is %d in the end, want %d", got.flush, n+1)
+	}
 }

@@ -2,11 +2,16 @@
 package decode
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
 	"ebb/event"
 )
+
+// ErrPositions says that positions mean another thing than they did when the destination was given them, for one because another
+// table was added to the publication.
+var ErrPositions = errors.New("positions have changed their meaning")
 
 // Config says what a [Decoder] makes of the messages.
 type Config struct {
@@ -16,6 +21,9 @@ type Config struct {
 	Buffers []Buffer
 	// SkipThrough is the position of the last event that the destination holds already: the events up to it are left out.
 	SkipThrough event.Position
+	// SkipThroughID is the id of that event, unless it is unknown. If another one comes by at its position, what positions mean
+	// has changed, and nothing can be left out by them.
+	SkipThroughID string
 }
 
 // Skipped counts messages that gave no event, by the reason for it. The counts only ever rise.
@@ -35,8 +43,10 @@ type Skipped struct {
 type Decoder struct {
 	epoch   uint32
 	buffers []Buffer
-	through event.Position
 	skipped Skipped
+
+	through   event.Position
+	throughID string
 
 	tables map[uint32]*table
 	types  map[uint32]string
@@ -50,7 +60,7 @@ type Decoder struct {
 
 // New returns a Decoder that stands before the first message of a connection.
 func New(cfg Config) *Decoder {
-	d := &Decoder{epoch: cfg.Epoch, buffers: append([]Buffer(nil), cfg.Buffers...), through: cfg.SkipThrough}
+	d := &Decoder{epoch: cfg.Epoch, buffers: append([]Buffer(nil), cfg.Buffers...), through: cfg.SkipThrough, throughID: cfg.SkipThroughID}
 	if len(d.buffers) == 0 {
 		d.buffers = []Buffer{Managed()}
 	}
@@ -64,7 +74,7 @@ func (d *Decoder) Reset() {
 }
 
 // SetSkipThrough sets [Config.SkipThrough] for the messages that follow.
-func (d *Decoder) SetSkipThrough(p event.Position) { d.through = p }
+func (d *Decoder) SetSkipThrough(p event.Position) { d.through, d.throughID = p, "" }
 
 // InTransaction reports whether a transaction has begun and not ended.
 func (d *Decoder) InTransaction() bool { return d.open }
@@ -196,6 +206,11 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 	}
 
 	d.position.Index++
+	if d.throughID != "" && d.position == d.through {
+		if err := d.checkThrough(t); err != nil {
+			return err
+		}
+	}
 	if t.buffer == nil {
 		d.skipped.Unmapped++
 		return nil
@@ -216,6 +231,17 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 		Time: d.time, Position: d.position,
 	}
 	return t.buffer.append(batch, &row, t.contentType, event.Streamed)
+}
+
+// checkThrough compares the row at SkipThrough with the event that the destination holds there.
+func (d *Decoder) checkThrough(t *table) error {
+	if t.buffer == nil {
+		return fmt.Errorf("%w: at %s there is a row of %s, and the destination holds event %q", ErrPositions, d.position, t.name, d.throughID)
+	}
+	if id := d.insert.column(t.id); t.id != absent && string(id) != d.throughID {
+		return fmt.Errorf("%w: at %s there is event %q, and the destination holds event %q", ErrPositions, d.position, id, d.throughID)
+	}
+	return nil
 }
 
 // column returns the text of a column, nil when it is NULL or absent.

@@ -93,7 +93,7 @@ func TestCaptureGivesItsEvents(t *testing.T) {
 	var at []int
 	for i, m := range batch.Marks {
 		at = append(at, m.Events)
-		if m.Events > 0 && m.LSN <= commits[m.Events-1] || i > 0 && m.LSN <= batch.Marks[i-1].LSN {
+		if m.Events > 0 && m.First <= commits[m.Events-1] || i > 0 && m.First <= batch.Marks[i-1].Last {
 			t.Errorf("mark %d: %+v", i, m)
 		}
 	}
@@ -136,7 +136,7 @@ func TestSkipThroughLeavesOutDeliveredEventsWhereverTheBatchIsCut(t *testing.T) 
 		if diff := gocmp.Diff(all.Events[i+1:], append([]event.Event{}, rest.Events...)); diff != "" {
 			t.Fatalf("after %s (-want +got):\n%s", all.Events[i].Position, diff)
 		}
-		if got, want := rest.Marks[len(rest.Marks)-1].LSN, all.Marks[len(all.Marks)-1].LSN; got != want {
+		if got, want := rest.Marks[len(rest.Marks)-1].Last, all.Marks[len(all.Marks)-1].Last; got != want {
 			t.Fatalf("last mark %s, want %s", got, want)
 		}
 	}

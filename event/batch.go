@@ -3,10 +3,11 @@ package event
 import "sync"
 
 // Mark says: once the first Events events of the batch and all of the batches before it are delivered, everything in the log
-// before LSN is. It stands for the end of a transaction or for a keepalive.
+// before First is, and so is everything before Last, as no event stands between. It stands for the end of a transaction or for a
+// keepalive, and for those that follow without an event.
 type Mark struct {
-	Events int
-	LSN    LSN
+	Events      int
+	First, Last LSN
 }
 
 // Batch is a run of events in order, together with the memory that they point into. A batch may begin and end anywhere in a
@@ -82,12 +83,11 @@ func (b *Batch) TakeHeaders(n int) []Header {
 	return b.headers[len(b.headers)-n : len(b.headers) : len(b.headers)]
 }
 
-// MarkEnd appends a mark behind the events that the batch holds now. A mark that nothing separates from the one before it
-// replaces that one, so that a run of empty transactions takes no memory.
+// MarkEnd marks the end of the events that the batch holds now. A run of empty transactions is one mark.
 func (b *Batch) MarkEnd(lsn LSN) {
 	if n := len(b.Marks); n > 0 && b.Marks[n-1].Events == len(b.Events) {
-		b.Marks[n-1].LSN = max(b.Marks[n-1].LSN, lsn)
+		b.Marks[n-1].Last = max(b.Marks[n-1].Last, lsn)
 		return
 	}
-	b.Marks = append(b.Marks, Mark{Events: len(b.Events), LSN: lsn})
+	b.Marks = append(b.Marks, Mark{Events: len(b.Events), First: lsn, Last: lsn})
 }

@@ -89,7 +89,7 @@ func TestBatchMarks(t *testing.T) {
 	b.Events = append(b.Events, event.Event{})
 	b.MarkEnd(9)
 	b.MarkEnd(8)
-	if want := []event.Mark{{Events: 0, LSN: 7}, {Events: 1, LSN: 9}}; !slices.Equal(b.Marks, want) {
+	if want := []event.Mark{{Events: 0, First: 5, Last: 7}, {Events: 1, First: 9, Last: 9}}; !slices.Equal(b.Marks, want) {
 		t.Errorf("marks are %v, want %v", b.Marks, want)
 	}
 }

@@ -287,7 +287,7 @@ func TestConfirmReachesTheServer(t *testing.T) {
 		pgtest.Eventually(t, time.Second, func() (bool, string) {
 			var reached bool
 			var positions string
-			err := sql.QueryRow(t.Context(), `SELECT (write_lsn, flush_lsn, replay_lsn) = ($2::text::pg_lsn, $2::text::pg_lsn, $2::text::pg_lsn),
+			err := sql.QueryRow(t.Context(), `SELECT coalesce((write_lsn, flush_lsn, replay_lsn) = ($2::text::pg_lsn, $2::text::pg_lsn, $2::text::pg_lsn), false),
 				format('%s %s %s', write_lsn, flush_lsn, replay_lsn) FROM pg_stat_replication WHERE application_name = $1`, db.Name, text).
 				Scan(&reached, &positions)
 			if err != nil && !errors.Is(err, pgx.ErrNoRows) {

@@ -62,6 +62,7 @@ type Stream struct {
 	r, w       int
 	lastRead   time.Time
 	lastStatus time.Time
+	lastAsked  time.Time // when the server was last asked to answer
 
 	write, flush atomic.Uint64
 	dirty        atomic.Bool   // there is something to report before the interval is over
@@ -176,7 +177,8 @@ func (s *Stream) Fill(ctx context.Context, behind bool) error {
 			continue
 		}
 		if !time.Now().Before(due) {
-			if err := s.sendStatus(true); err != nil {
+			// Only now and then: an answer brings a position to confirm, of which a status tells, and so on without end.
+			if err := s.sendStatus(time.Since(s.lastAsked) >= s.interval); err != nil {
 				return err
 			}
 			continue
@@ -314,30 +316,34 @@ func (s *Stream) Close() error {
 	return err
 }
 
-// goodbye ends the copy and waits for the server to end it too: by then the status sent before it has been read, and the
+// goodbye ends the copy and waits until the server has ended the command too: by then it has read the status sent before, and the
 // slot is free for the next bridge.
 func (s *Stream) goodbye() error {
 	out, err := (&pgproto3.CopyDone{}).Encode(nil)
+	if err == nil {
+		err = s.send(out)
+	}
 	if err != nil {
 		return fmt.Errorf("end the replication stream: %w", err)
 	}
-	if err := s.send(out); err != nil {
-		return fmt.Errorf("end the replication stream: %w", err)
-	}
-	if err := s.conn.SetReadDeadline(time.Now().Add(closeTimeout)); err != nil {
-		return fmt.Errorf("end the replication stream: %w", err)
-	}
-	for {
-		_, ok, err := s.Next()
+	for deadline := time.Now().Add(closeTimeout); ; {
+		kind, body, ok, err := s.frame()
 		switch {
-		case errors.Is(err, ErrEnded):
-			return nil
 		case err != nil:
 			return fmt.Errorf("end the replication stream: %w", err)
-		case !ok:
-			if err := s.read(); err != nil {
-				return fmt.Errorf("end the replication stream: %w", err)
-			}
+		case ok && (kind == 'C' || kind == 'Z'): // CommandComplete, ReadyForQuery
+			return nil
+		case ok && kind == 'E':
+			return fmt.Errorf("end the replication stream: %w", serverError(body))
+		case ok:
+			continue // what was on its way
+		}
+		if err := s.conn.SetReadDeadline(deadline); err != nil {
+			return fmt.Errorf("end the replication stream: %w", err)
+		}
+		// A late Confirm interrupts the read, to no effect.
+		if err := s.read(); err != nil && (!errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(deadline)) {
+			return fmt.Errorf("end the replication stream: %w", err)
 		}
 	}
 }
@@ -371,6 +377,7 @@ func (s *Stream) sendStatus(askReply bool) error {
 	msg = binary.BigEndian.AppendUint64(msg, flush) // apply
 	msg = binary.BigEndian.AppendUint64(msg, uint64(time.Since(postgresEpoch).Microseconds()))
 	if askReply {
+		s.lastAsked = time.Now()
 		msg = append(msg, 1)
 	} else {
 		msg = append(msg, 0)

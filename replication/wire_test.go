@@ -55,7 +55,7 @@ func newFake(t *testing.T, interval, silence time.Duration) (*Stream, *fakeServe
 			case head[0] == 'd' && body[0] == 'r':
 				f.statuses <- body
 			case head[0] == 'c':
-				f.send(frameOf('c', nil))
+				f.send(frameOf('c', nil), frameOf('C', []byte("COPY 0\x00")))
 			}
 		}
 	}()

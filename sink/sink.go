@@ -14,10 +14,10 @@ import (
 // followed by a Resume. Both wait, with backoff and a log line, for a destination that is not there yet or went away, and
 // return an error only for what waiting cannot mend.
 type Sink interface {
-	// Resume returns the position of the last event that the destination holds, or the zero Position when it holds none.
-	// The events up to it will not be handed to Run. A destination that cannot be asked answers with the later one of
-	// what is known and what this process last delivered to it.
-	Resume(ctx context.Context, known Known) (event.Position, error)
+	// Resume returns the last event that the destination holds, or the zero Tail when it holds none. The events up to it
+	// will not be handed to Run. A destination that cannot be asked answers with the later one of what is known and what
+	// this process last delivered to it.
+	Resume(ctx context.Context, known Known) (Tail, error)
 
 	// Run delivers the batches from in, in order. It calls delivered as soon as the destination has said so, from
 	// one goroutine, and releases each batch when it no longer needs it. Back-pressure is not receiving from in.
@@ -35,9 +35,21 @@ type Sink interface {
 type Known struct {
 	// SystemIdentifier, Database and Slot name the source whose positions the destination is given.
 	SystemIdentifier, Database, Slot string
+	// Buffer tells the buffer table from another one of the same name, which was torn down and whose ids began at 1 as well.
+	Buffer string
 	// Position and Sequence are those of the newest event that was recorded as delivered. They may be zero.
 	Position event.Position
 	Sequence uint64
+}
+
+// Tail is the last event that a destination holds.
+type Tail struct {
+	Position event.Position
+	// Sequence is where the destination stores it, or 0 if it does not number what it stores.
+	Sequence uint64
+	// ID is that of the event at Position, or "" if the destination does not tell, or ends with a recovered event, whose position is
+	// another's.
+	ID string
 }
 
 // Delivered is told what has been delivered since it was last called.
@@ -53,7 +65,8 @@ type Progress struct {
 	Sequence uint64
 }
 
-// IDScanner is a sink that can say which events it holds, so that a recovery from the buffer table delivers none of them twice.
+// IDScanner is a sink that remembers, and can say which events it holds, so that a recovery from the buffer table delivers none of
+// them twice. Such a sink may also forget, as a broker does whose disk lost what it had acknowledged.
 type IDScanner interface {
 	// ScanIDs calls fn with the id of every event that the destination holds behind sequence number after. The
 	// slice is valid during the call.

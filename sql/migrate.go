@@ -125,10 +125,17 @@ func Check(ctx context.Context, db *pgx.Conn) error {
 // Drop removes the publication, the schema and, where nothing else needs them, the roles. All that is in the buffer is lost.
 func Drop(ctx context.Context, db *pgx.Conn, publication string) ([]string, error) {
 	var done []string
-	for _, st := range []struct{ sql, line string }{
-		{"DROP PUBLICATION IF EXISTS " + quoteIdent(publication), "dropped publication " + publication},
-		{"DROP SCHEMA IF EXISTS ebb CASCADE", "dropped schema ebb"},
+	for _, st := range []struct{ exists, sql, line string }{
+		{"SELECT EXISTS (SELECT FROM pg_publication WHERE pubname = $1)", "DROP PUBLICATION " + quoteIdent(publication), "dropped publication " + publication},
+		{"SELECT $1 <> '' AND to_regnamespace('ebb') IS NOT NULL", "DROP SCHEMA ebb CASCADE", "dropped schema ebb"},
 	} {
+		var exists bool
+		if err := db.QueryRow(ctx, st.exists, publication).Scan(&exists); err != nil {
+			return done, fmt.Errorf("tear down: %w", withHint(err))
+		}
+		if !exists {
+			continue
+		}
 		if _, err := db.Exec(ctx, "SET client_min_messages = warning; "+st.sql, pgx.QueryExecModeSimpleProtocol); err != nil {
 			return done, fmt.Errorf("tear down: %w", withHint(err))
 		}

@@ -373,7 +373,7 @@ func TestRecoveryFloor(t *testing.T) {
 	conn := db.Connect(t)
 	floor := func() uint64 {
 		t.Helper()
-		n, err := sql.RecoveryFloor(t.Context(), conn, "s")
+		n, err := sql.RecoveryFloor(t.Context(), conn, "s", "")
 		if err != nil {
 			t.Fatal(err)
 		}

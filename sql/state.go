@@ -65,6 +65,8 @@ type SlotRecord struct {
 	SystemIdentifier string
 	Timeline         int32
 	Epoch            uint32
+	// Buffer is the identity of the buffer.
+	Buffer string
 	// RecoveredAfter is the tick that had recorded some of the rows which the slot does not hold, or 0.
 	RecoveredAfter int64
 	// RecoveredID is the last row that is known to be recovered, or 0; of a finished recovery it says nothing.
@@ -98,6 +100,20 @@ func PrepareSlot(ctx context.Context, db *pgx.Conn, name, systemIdentifier strin
 	return nil
 }
 
+// OtherSlots returns the names of the slots that the buffer has beside one. Ticks of one slot say nothing of what another has
+// delivered, so that there is to be none.
+func OtherSlots(ctx context.Context, db *pgx.Conn, name string) ([]string, error) {
+	rows, err := db.Query(ctx, "SELECT name FROM ebb.slot WHERE name <> $1 ORDER BY name", name)
+	if err != nil {
+		return nil, fmt.Errorf("look for other slots: %w", withHint(err))
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return nil, fmt.Errorf("look for other slots: %w", withHint(err))
+	}
+	return names, nil
+}
+
 // RecordSlot stores that a prepared slot was made. From here on, the rows that its snapshot sees and that the newest tick has
 // not recorded are to be delivered from the table.
 func RecordSlot(ctx context.Context, db *pgx.Conn, name, snapshot string, consistentPoint event.LSN) error {
@@ -117,10 +133,10 @@ func RecordSlot(ctx context.Context, db *pgx.Conn, name, snapshot string, consis
 // ReadSlot returns the record of a slot, or ErrNoRecord.
 func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error) {
 	r := SlotRecord{Name: name}
-	err := db.QueryRow(ctx, `SELECT system_identifier, timeline, epoch, coalesce(recovered_after, 0), coalesce(recovered_id, 0), recovered_events,
+	err := db.QueryRow(ctx, `SELECT (SELECT id::text FROM ebb.identity), system_identifier, timeline, epoch, coalesce(recovered_after, 0), coalesce(recovered_id, 0), recovered_events,
 			snapshot IS NOT NULL, recovered_at IS NOT NULL, created_at
 		FROM ebb.slot WHERE name = $1`, name).
-		Scan(&r.SystemIdentifier, &r.Timeline, &r.Epoch, &r.RecoveredAfter, &r.RecoveredID, &r.Recovered, &r.Made, &r.Done, &r.CreatedAt)
+		Scan(&r.Buffer, &r.SystemIdentifier, &r.Timeline, &r.Epoch, &r.RecoveredAfter, &r.RecoveredID, &r.Recovered, &r.Made, &r.Done, &r.CreatedAt)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return SlotRecord{}, fmt.Errorf("slot %q: %w", name, ErrNoRecord)
 	}
@@ -183,14 +199,15 @@ func RecoveryDone(ctx context.Context, db *pgx.Conn, slot string) error {
 
 // RecoveryFloor returns the sequence number in the stream behind which ids may stand that a recovery must not deliver again.
 // A transaction that waits for a synchronous standby is decoded before any snapshot shows it, so that the tick to start
-// from is not the newest but one whose snapshot had ended before the newest one's began.
-func RecoveryFloor(ctx context.Context, db *pgx.Conn, slot string) (uint64, error) {
+// from is not the newest but one whose snapshot had ended before the newest one's began. Another destination than that of the
+// ticks is searched from its beginning.
+func RecoveryFloor(ctx context.Context, db *pgx.Conn, slot, destination string) (uint64, error) {
 	var seq int64
 	err := db.QueryRow(ctx, `SELECT coalesce((
 		SELECT t.stream_seq FROM ebb.slot s JOIN ebb.tick n ON n.id = s.recovered_after
-		JOIN ebb.tick t ON (t.slot, t.system_identifier) = (n.slot, n.system_identifier)
+		JOIN ebb.tick t ON (t.slot, t.system_identifier, t.destination) = (n.slot, n.system_identifier, n.destination)
 			AND pg_snapshot_xmax(t.snapshot) <= pg_snapshot_xmin(n.snapshot)
-		WHERE s.name = $1 ORDER BY t.id DESC LIMIT 1), 0)`, slot).Scan(&seq)
+		WHERE s.name = $1 AND n.destination = $2 ORDER BY t.id DESC LIMIT 1), 0)`, slot, destination).Scan(&seq)
 	if err != nil {
 		return 0, fmt.Errorf("find where the recovery starts in the stream: %w", withHint(err))
 	}
@@ -206,9 +223,11 @@ type Tick struct {
 	Snapshot string
 	// Position and StreamSeq are those of the last event that was delivered when the tick was stored, and Events is how
 	// many were delivered until then in all.
-	Position    event.Position
-	StreamSeq   uint64
-	Events      int64
+	Position  event.Position
+	StreamSeq uint64
+	Events    int64
+	// Destination is where they were delivered. Position and StreamSeq mean nothing to another one.
+	Destination string
 	DeliveredAt time.Time
 }
 
@@ -255,11 +274,12 @@ func StoreTick(ctx context.Context, db *pgx.Conn, r SlotRecord, t Tick, keep tim
 		), forgotten AS (
 			DELETE FROM ebb.tick t USING slot
 			WHERE t.slot = slot.name AND t.delivered_at < clock_timestamp() - make_interval(secs => $9)
+			  AND t.delivered_at < coalesce((SELECT created_at FROM ebb.buffer ORDER BY id LIMIT 1), 'infinity')
 			  AND t.id IS DISTINCT FROM slot.recovered_after)
-		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier)
-		SELECT $1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, slot.name, $8 FROM slot`,
+		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination)
+		SELECT $1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, slot.name, $8, $10 FROM slot`,
 		t.LSN.String(), t.Snapshot, t.Position.String(), int64(t.StreamSeq), int32(t.Position.Epoch), t.Events, r.Name, r.SystemIdentifier,
-		keep.Seconds())
+		keep.Seconds(), t.Destination)
 	if err != nil {
 		return fmt.Errorf("store a tick: %w", withHint(err))
 	}
@@ -274,9 +294,9 @@ func LastTick(ctx context.Context, db *pgx.Conn, r SlotRecord) (Tick, bool, erro
 	var t Tick
 	var lsn, position string
 	var seq int64
-	err := db.QueryRow(ctx, `SELECT id, lsn::text, snapshot::text, position, stream_seq, events, delivered_at FROM ebb.tick
+	err := db.QueryRow(ctx, `SELECT id, lsn::text, snapshot::text, position, stream_seq, events, destination, delivered_at FROM ebb.tick
 		WHERE slot = $1 AND system_identifier = $2 ORDER BY id DESC LIMIT 1`, r.Name, r.SystemIdentifier).
-		Scan(&t.ID, &lsn, &t.Snapshot, &position, &seq, &t.Events, &t.DeliveredAt)
+		Scan(&t.ID, &lsn, &t.Snapshot, &position, &seq, &t.Events, &t.Destination, &t.DeliveredAt)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return Tick{}, false, nil
 	}

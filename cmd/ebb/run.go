@@ -74,11 +74,13 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 		Logger: log,
 	})
 	defer func() { err = errors.Join(err, page.Close()) }()
+	defer context.AfterFunc(ctx, func() { log.Info("stopping; a second signal ends this at once") })()
 	err = bridge.Run(ctx, bridge.Config{
 		Postgres:    cfg.Postgres,
 		Slot:        cfg.Slot,
 		Publication: cfg.Publication,
 		Sink:        destination,
+		Destination: destinationOf(cfg),
 		Logger:      log,
 		TickEvery:   cfg.Recorded.Every,
 		TickKeep:    max(cfg.Recorded.Keep, cfg.Replay.Window, time.Minute),
@@ -88,6 +90,21 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 		log.Info("stopped")
 	}
 	return err
+}
+
+// destinationOf names where the configured sink delivers, without secrets. Another server of the same cluster is the same
+// destination, another stream is not.
+func destinationOf(cfg *config.Config) string {
+	switch cfg.SinkKind() {
+	case config.SinkKindHTTP:
+		return redact.URL(cfg.Sink)
+	case config.SinkKindEmbedded:
+		return "embedded " + cfg.NATS.Stream
+	case config.SinkKindNATS:
+		return "nats " + cfg.NATS.Stream
+	default:
+		return cfg.Sink
+	}
 }
 
 // openSink makes the sink that is configured, and starts the server that belongs to it, if it is the embedded one. stop ends

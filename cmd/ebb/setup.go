@@ -75,6 +75,14 @@ func setup(ctx context.Context, w io.Writer, cfg *config.Config, log *slog.Logge
 	if err := replication.CheckWALLevel(ctx, db); err != nil {
 		return err
 	}
+	others, err := otherSlots(ctx, db, cfg.Slot)
+	if err != nil {
+		return err
+	}
+	if len(others) > 0 {
+		return fmt.Errorf("the buffer has slot %q already, and one is all it can have: use that (slot), or give it up by "+
+			"SELECT pg_drop_replication_slot('%[1]s') and DELETE FROM ebb.slot WHERE name = '%[1]s'", others[0])
+	}
 	done, err := sql.Apply(ctx, db, setupOf(cfg))
 	if err != nil {
 		return err

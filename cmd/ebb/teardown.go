@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
@@ -58,6 +59,14 @@ func (a *app) confirm(question string, yes bool) error {
 	return nil
 }
 
+// otherSlots returns the other slots of a buffer that may not be there.
+func otherSlots(ctx context.Context, db *pgx.Conn, slot string) ([]string, error) {
+	if err := sql.Check(ctx, db); errors.Is(err, sql.ErrNoSchema) {
+		return nil, nil
+	}
+	return sql.OtherSlots(ctx, db, slot)
+}
+
 // teardown removes what setup made. The stream keeps what was delivered.
 func teardown(ctx context.Context, w io.Writer, cfg *config.Config, confirm func(string) error) error {
 	db, err := sql.Connect(ctx, cfg.Postgres, cfg.Slot)
@@ -72,6 +81,13 @@ func teardown(ctx context.Context, w io.Writer, cfg *config.Config, confirm func
 	}
 	if led {
 		return fmt.Errorf("a bridge is running on slot %q: stop it first", cfg.Slot)
+	}
+	others, err := otherSlots(ctx, db, cfg.Slot)
+	if err != nil {
+		return err
+	}
+	if len(others) > 0 {
+		return fmt.Errorf("the buffer belongs to slot %s and not to %s: give --config the one with that slot", strings.Join(others, ", "), cfg.Slot)
 	}
 	if err := confirm(fmt.Sprintf("Remove slot %s, publication %s and schema ebb with all its events from database %s?",
 		cfg.Slot, cfg.Publication, database)); err != nil {

@@ -65,7 +65,10 @@ type attempt struct {
 
 	mu    sync.Mutex
 	acked int // messages acknowledged: as one implies all before it, the newest counts
-	err   error
+	// failed is the number of the message whose answer was err. A cluster's leader may refuse one before it acknowledges those
+	// in front of it.
+	failed int
+	err    error
 }
 
 // Run publishes the batches.
@@ -116,6 +119,8 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 		return in, err
 	}
 	defer p.end()
+	// A write to a server that has stopped reading does not look at ctx.
+	defer context.AfterFunc(ctx, p.nc.Close)()
 	progress := time.NewTimer(ackTimeout)
 	defer progress.Stop()
 	disconnected := p.nc.StatusChanged(nats.RECONNECTING, nats.DISCONNECTED, nats.CLOSED)
@@ -145,18 +150,18 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 			}
 			p.add(b)
 		case <-p.attempt.signal:
-			n, err := p.attempt.take()
+			n, failed, err := p.attempt.take()
 			if n > 0 {
 				progress.Reset(ackTimeout)
 				p.acknowledged(n)
 				p.quiet.Succeeded("publishing goes on", "stream", p.cfg.Stream)
 			}
 			if err != nil {
-				return in, p.explain(ctx, err)
+				return in, p.explain(ctx, failed, err)
 			}
 		case <-progress.C:
 			if p.sent > 0 {
-				return in, fmt.Errorf("no acknowledgment for %s", ackTimeout)
+				return in, errors.Join(fmt.Errorf("no acknowledgment for %s", ackTimeout), p.denied.take())
 			}
 			progress.Reset(ackTimeout)
 		case <-disconnected:
@@ -205,7 +210,7 @@ func (a *attempt) answer(m *nats.Msg) {
 	n, numErr := strconv.Atoi(strings.TrimPrefix(m.Subject[len(a.inbox):], "."))
 	switch {
 	case err != nil:
-		a.err = err
+		a.err, a.failed = err, n
 	case numErr != nil:
 		a.err = fmt.Errorf("acknowledgment on an unknown subject %q", m.Subject)
 	case seq != a.base+uint64(n):
@@ -219,11 +224,11 @@ func (a *attempt) answer(m *nats.Msg) {
 	}
 }
 
-// take returns how many messages of the attempt were acknowledged, and what went wrong after them.
-func (a *attempt) take() (int, error) {
+// take returns how many messages of the attempt were acknowledged, and what went wrong with which one behind them.
+func (a *attempt) take() (acked, failed int, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.acked, a.err
+	return a.acked, a.failed, a.err
 }
 
 func (p *publisher) add(b *event.Batch) {
@@ -302,7 +307,7 @@ func (p *publisher) acknowledged(n int) {
 // deliver reports the first n pending events and lets go of them.
 func (p *publisher) deliver(n int) {
 	last := p.pending[n-1]
-	p.last = message{seq: p.last.seq + uint64(n), position: last.Position, id: string(last.ID)}
+	p.last = message{seq: p.last.seq + uint64(n), position: last.Position, id: string(last.ID), recovered: last.Origin != event.Streamed}
 	for _, e := range p.pending[:n] {
 		p.bytes -= e.Size()
 	}
@@ -331,6 +336,8 @@ func (p *publisher) resume(ctx context.Context) error {
 		}
 		tail, found, err := p.tail(ctx)
 		switch {
+		case errors.Is(err, jetstream.ErrStreamNotFound) && p.last.seq > 0:
+			return backoff.Permanent(fmt.Errorf("it does not exist any more, and had acknowledged sequence %d (%w)", p.last.seq, ErrGap))
 		case err != nil:
 			return err
 		case tail.seq < p.last.seq:
@@ -339,6 +346,8 @@ func (p *publisher) resume(ctx context.Context) error {
 		case !found && tail.seq > p.last.seq:
 			return backoff.Permanent(fmt.Errorf("its last message, %d, was deleted, and %d was the last to be acknowledged: "+
 				"what was delivered between them cannot be told (%w)", tail.seq, p.last.seq, ErrGap))
+		case tail.seq == p.last.seq && found && tail.position != p.last.position:
+			return backoff.Permanent(p.foreign(tail))
 		case tail.seq == p.last.seq:
 			return nil
 		case len(p.pending) == 0:
@@ -366,22 +375,29 @@ func (p *publisher) foreign(tail message) error {
 		"sequence %d at %s): %w: give ebb a stream of its own, or restrict who may publish", tail.seq, tail.id, tail.position, p.last.seq, p.last.position, ErrForeign)
 }
 
-// explain adds to a refusal what an operator needs to know.
-func (p *publisher) explain(ctx context.Context, err error) error {
+// explain adds to the refusal of a message of the attempt what an operator needs to know.
+func (p *publisher) explain(ctx context.Context, failed int, err error) error {
 	if errors.Is(err, errNoResponders) {
 		e := p.pending[0]
 		return p.listens(ctx, string(p.Sink.subject.append(nil, e.Topic, e.Key)))
 	}
 	var api *jetstream.APIError
 	if errors.As(err, &api) {
-		if api.ErrorCode == codeMessageTooLarge {
-			e := p.pending[0]
-			return &sink.RejectedError{ID: string(e.ID), Position: e.Position,
-				Err: fmt.Errorf("it is larger than the stream's max_msg_size: raise that: %w", err)}
-		}
-		if api.ErrorCode == codeWrongSequence || api.ErrorCode == codeWrongSequenceAny {
+		switch api.ErrorCode {
+		case codeWrongSequence, codeWrongSequenceAny:
 			return fmt.Errorf("the stream has gone on without this bridge: %w", err)
+		case codeMessageTooLarge:
+			err = fmt.Errorf("it is larger than the stream's max_msg_size: raise that and start ebb run again: %w", err)
+		case codeHeadersTooLarge:
+			err = fmt.Errorf("its headers, with topic and key, are more than the 65,535 bytes that JetStream takes: %w", err)
+		default:
+			return fmt.Errorf("the stream refused a message: %w", err)
 		}
+		if uint64(failed) == p.last.seq-p.attempt.base+1 {
+			e := p.pending[0]
+			return &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: err}
+		}
+		// Those in front of it come first.
 	}
 	return fmt.Errorf("the stream refused a message: %w", err)
 }

@@ -11,7 +11,10 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -33,6 +36,8 @@ const (
 	requestTimeout = 5 * time.Second
 	// writeTimeout bounds a write to a server that has stopped reading.
 	writeTimeout = 5 * time.Second
+	// scanTimeout is how long the next message of a scan may take.
+	scanTimeout = 30 * time.Second
 	// pingInterval is how often a quiet connection is asked whether it lives; it counts as dead after two silences.
 	pingInterval = 5 * time.Second
 )
@@ -74,6 +79,11 @@ type Sink struct {
 	// closed is closed when nc gives up for good, as it does over refused credentials.
 	closed chan struct{}
 
+	// dialing are connections that are being opened.
+	dialing sync.WaitGroup
+	// denied is what the server last said it does not permit.
+	denied denial
+
 	// last is the last message that the stream is known to hold, and known whether that is so.
 	last  message
 	known bool
@@ -84,6 +94,8 @@ type message struct {
 	seq      uint64
 	position event.Position
 	id       string
+	// recovered says that position is that of the event before it.
+	recovered bool
 }
 
 var (
@@ -109,9 +121,7 @@ func New(cfg Config) (*Sink, error) {
 		nats.PingInterval(pingInterval),
 		nats.MaxPingsOutstanding(2),
 		nats.Timeout(requestTimeout),
-		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
-			s.log.Warn("the NATS server reports an error", "error", err)
-		}),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { s.denied.report(s.log, err) }),
 	}
 	if cfg.Creds != "" {
 		s.options = append(s.options, nats.UserCredentials(cfg.Creds))
@@ -125,9 +135,8 @@ func New(cfg Config) (*Sink, error) {
 	return s, nil
 }
 
-// Resume connects, checks or creates the stream, and returns the position of its last message.
-func (s *Sink) Resume(ctx context.Context, known sink.Known) (event.Position, error) {
-	var out event.Position
+// Resume connects, checks or creates the stream, and returns its last message.
+func (s *Sink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) {
 	err := s.retry(ctx, "resume", func() error {
 		if err := s.connect(ctx); err != nil {
 			return err
@@ -143,10 +152,16 @@ func (s *Sink) Resume(ctx context.Context, known sink.Known) (event.Position, er
 			return backoff.Permanent(err)
 		}
 		s.last, s.known = tail, true
-		out = tail.position
 		return nil
 	})
-	return out, err
+	if err != nil {
+		return sink.Tail{}, err
+	}
+	tail := sink.Tail{Position: s.last.position, Sequence: s.last.seq}
+	if !s.last.recovered {
+		tail.ID = s.last.id
+	}
+	return tail, nil
 }
 
 // compare checks what the stream holds against what is known to be in it: from the database, and from what this
@@ -157,6 +172,9 @@ func (s *Sink) compare(known sink.Known, tail message, found bool) (message, err
 		expect = s.last
 	}
 	switch {
+	case found && tail.seq == expect.seq && tail.position != expect.position:
+		return message{}, fmt.Errorf("it ends at sequence %d with event %q at %s, where position %s was delivered: %w: give ebb a stream of "+
+			"its own", tail.seq, tail.id, tail.position, expect.position, ErrForeign)
 	case tail.seq < expect.seq, found && tail.position.Compare(expect.position) < 0:
 		return message{}, fmt.Errorf("it ends at sequence %d, position %s, but had acknowledged sequence %d, position %s: it lost messages "+
 			"that were delivered (%w)", tail.seq, tail.position, expect.seq, expect.position, ErrGap)
@@ -185,7 +203,7 @@ func (s *Sink) connect(ctx context.Context) error {
 		}
 	}
 	closed := make(chan struct{})
-	nc, err := nats.Connect(s.cfg.Servers, append(s.options, nats.ClosedHandler(func(*nats.Conn) { close(closed) }))...)
+	nc, err := s.dial(ctx, nats.ClosedHandler(func(*nats.Conn) { close(closed) }))
 	if err != nil {
 		err = fmt.Errorf("connect to %s: %w", s.servers(), err)
 		if isRefusal(err) {
@@ -201,6 +219,30 @@ func (s *Sink) connect(ctx context.Context) error {
 	s.nc, s.js, s.closed = nc, js, closed
 	s.log.Info("connected to NATS", "server", nc.ConnectedUrlRedacted(), "version", nc.ConnectedServerVersion())
 	return nil
+}
+
+// dial connects. It returns when ctx ends, which nats.Connect does not look at.
+func (s *Sink) dial(ctx context.Context, options ...nats.Option) (*nats.Conn, error) {
+	type result struct {
+		nc  *nats.Conn
+		err error
+	}
+	done := make(chan result, 1)
+	s.dialing.Go(func() {
+		nc, err := nats.Connect(s.cfg.Servers, append(slices.Clone(s.options), options...)...)
+		done <- result{nc, err}
+	})
+	select {
+	case r := <-done:
+		return r.nc, r.err
+	case <-ctx.Done():
+		s.dialing.Go(func() {
+			if r := <-done; r.nc != nil {
+				r.nc.Close()
+			}
+		})
+		return nil, ctx.Err()
+	}
 }
 
 func (s *Sink) awaitConnection(ctx context.Context) error {
@@ -224,6 +266,35 @@ func (s *Sink) awaitConnection(ctx context.Context) error {
 	}
 }
 
+// denial keeps the permission violations that the server reports, beside the connection and one for each message, and lets the
+// log have one now and then.
+type denial struct {
+	mu     sync.Mutex
+	err    error
+	logged time.Time
+}
+
+func (d *denial) report(log *slog.Logger, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if errors.Is(err, nats.ErrPermissionViolation) {
+		d.err = fmt.Errorf("%w: grant the user to publish to the stream's subjects and to $JS.API.>, and to subscribe to _INBOX.>", err)
+	}
+	if time.Since(d.logged) > 30*time.Second {
+		d.logged = time.Now()
+		log.Warn("the NATS server reports an error", "error", err)
+	}
+}
+
+// take returns what was not permitted since it was last called, or nil.
+func (d *denial) take() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	err := d.err
+	d.err = nil
+	return err
+}
+
 var errNotConnected = errors.New("not connected")
 
 // isRefusal reports whether a connection error will be the same however often it is tried.
@@ -232,7 +303,7 @@ func isRefusal(err error) bool {
 	var authority x509.UnknownAuthorityError
 	var hostname x509.HostnameError
 	return errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrAuthExpired) || errors.Is(err, nats.ErrAuthRevoked) ||
-		errors.Is(err, nats.ErrAccountAuthExpired) || errors.Is(err, nats.ErrNoServers) && errors.Is(err, nats.ErrAuthorization) ||
+		errors.Is(err, nats.ErrAccountAuthExpired) || errors.Is(err, fs.ErrNotExist) ||
 		errors.Is(err, nats.ErrSecureConnRequired) || errors.Is(err, nats.ErrSecureConnWanted) ||
 		errors.As(err, &verification) || errors.As(err, &authority) || errors.As(err, &hostname)
 }
@@ -240,8 +311,9 @@ func isRefusal(err error) bool {
 // servers returns the configured URLs without their passwords.
 func (s *Sink) servers() string { return redact.URL(s.cfg.Servers) }
 
-// Close closes the connection.
+// Close closes the connection. It waits for one that is being opened, which takes no longer than its timeout.
 func (s *Sink) Close() error {
+	s.dialing.Wait()
 	if s.nc != nil {
 		s.nc.Close()
 		<-s.closed
@@ -255,7 +327,13 @@ func (s *Sink) retry(ctx context.Context, step string, op func() error) error {
 	attempts := quiet.New(s.log)
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = 100*time.Millisecond, 5*time.Second
-	_, err := backoff.Retry(ctx, func() (struct{}, error) { return struct{}{}, op() },
+	_, err := backoff.Retry(ctx, func() (struct{}, error) {
+		err := op()
+		if err != nil && !isPermanent(err) {
+			err = errors.Join(err, s.denied.take())
+		}
+		return struct{}{}, err
+	},
 		backoff.WithBackOff(wait), backoff.WithMaxElapsedTime(0),
 		backoff.WithNotify(func(err error, next time.Duration) {
 			attempts.Failed("waiting for the stream", err, "stream", s.cfg.Stream, "next", next.Round(time.Millisecond))

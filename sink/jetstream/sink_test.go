@@ -1,10 +1,12 @@
 package jetstream_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"strings"
 	"testing"
@@ -370,8 +372,8 @@ func TestGaps(t *testing.T) {
 		}
 		other := open(t, config(t, server))
 		defer closed(t, other)
-		if p, err := other.Resume(t.Context(), known); err != nil || p != known.Position {
-			t.Errorf("resumes at %s, %v", p, err)
+		if tail, err := other.Resume(t.Context(), known); err != nil || tail.Position != known.Position || tail.Sequence != 3 {
+			t.Errorf("resumes at %v, %v", tail, err)
 		}
 		if n, err := deliver(t.Context(), t, other, known, batchOf(2, 2, nil)); err != nil || n != 2 {
 			t.Errorf("goes on with %d events, %v", n, err)
@@ -409,5 +411,119 @@ func TestScanIDs(t *testing.T) {
 		if want := max(0, 1000-int(after)); len(ids) != want || want > 0 && ids[0] != fmt.Sprintf("1-%d", after+1) {
 			t.Errorf("after %d: %d ids, want %d", after, len(ids), want)
 		}
+	}
+}
+
+func TestHeadersTooLarge(t *testing.T) {
+	server := natstest.New(t)
+	s := open(t, config(t, server))
+	defer closed(t, s)
+	n, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 5, func(i int, e *event.Event) {
+		if i == 3 {
+			e.Key = []byte(strings.Repeat("é", 12_000))
+		}
+	}))
+	var rejected *sink.RejectedError
+	if !errors.As(err, &rejected) || rejected.ID != "1-4" || n != 3 || !strings.Contains(err.Error(), "headers") {
+		t.Fatalf("%d events, error %v", n, err)
+	}
+}
+
+func TestScanOfWhatIsDeleted(t *testing.T) {
+	server := natstest.New(t)
+	s := open(t, config(t, server))
+	defer closed(t, s)
+	if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 3, func(_ int, e *event.Event) {
+		// A status is how the server ends a request; a producer's header of that name is not one.
+		e.Headers = []event.Header{{Name: []byte("Status"), Value: []byte("404")}}
+	})); err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	if err := s.ScanIDs(t.Context(), 0, func([]byte) { n++ }); err != nil || n != 3 {
+		t.Errorf("%d ids, %v", n, err)
+	}
+	stream, err := server.JetStream(t).Stream(t.Context(), "EBB")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Purge(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.ScanIDs(t.Context(), 0, func(id []byte) { t.Errorf("found %s", id) }); err != nil {
+		t.Error(err)
+	}
+}
+
+// A stream that is deleted, or replaced, while the bridge runs has a gap.
+func TestStreamReplacedWhileRunning(t *testing.T) {
+	for _, again := range []bool{false, true} {
+		server := natstest.New(t)
+		s := open(t, config(t, server))
+		defer closed(t, s)
+		if _, err := s.Resume(t.Context(), sink.Known{}); err != nil {
+			t.Fatal(err)
+		}
+		in, done, delivered := make(chan *event.Batch), make(chan error), make(chan int, 10)
+		go func() { done <- s.Run(t.Context(), in, func(p sink.Progress) { delivered <- p.Events }) }()
+		in <- batchOf(1, 3, nil)
+		for n := 0; n < 3; {
+			n += <-delivered
+		}
+		js := server.JetStream(t)
+		if err := js.DeleteStream(t.Context(), "EBB"); err != nil {
+			t.Fatal(err)
+		}
+		if again {
+			create(t, server, natsjs.StreamConfig{Name: "EBB", Subjects: []string{"ebb.>"}})
+		}
+		in <- batchOf(2, 3, nil)
+		if err := <-done; !errors.Is(err, jetstream.ErrGap) {
+			t.Errorf("created again: %v: error is %v", again, err)
+		}
+	}
+}
+
+func TestConnectionStopsWithItsContext(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0") // which accepts and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	cfg := config(t, natstest.New(t))
+	cfg.Servers = "nats://" + listener.Addr().String()
+	s := open(t, cfg)
+	defer closed(t, s)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	started := time.Now()
+	if _, err := s.Resume(ctx, sink.Known{}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("error is %v", err)
+	}
+	if took := time.Since(started); took > 2*time.Second {
+		t.Errorf("it took %s", took)
+	}
+}
+
+func TestPublishNotPermitted(t *testing.T) {
+	var logged bytes.Buffer
+	server := natstest.New(t, natstest.Adjust(func(o *server.Options) {
+		o.Users = []*server.User{{Username: "ebb", Password: "x", Permissions: &server.Permissions{
+			Publish: &server.SubjectPermission{Deny: []string{"ebb.>"}},
+		}}, {Username: "admin", Password: "x"}}
+		o.NoAuthUser = "admin"
+	}))
+	cfg := config(t, server)
+	cfg.Servers = strings.Replace(server.URL(), "://", "://ebb:x@", 1)
+	cfg.Logger = slog.New(slog.NewTextHandler(&logged, nil))
+	s := open(t, cfg)
+	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Second)
+	defer cancel()
+	if _, err := deliver(ctx, t, s, sink.Known{}, batchOf(1, 1000, nil)); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("error is %v", err)
+	}
+	closed(t, s)
+	if lines := strings.Count(logged.String(), "\n"); lines > 10 || !strings.Contains(logged.String(), "grant the user") {
+		t.Errorf("%d lines are logged:\n%.2000s", lines, logged.String())
 	}
 }

@@ -23,6 +23,7 @@ const (
 	metaSystem   = "ebb-system-identifier"
 	metaDatabase = "ebb-database"
 	metaSlot     = "ebb-slot"
+	metaBuffer   = "ebb-buffer"
 )
 
 // headerID names the event in a stream of format raw, where the CloudEvents header is missing.
@@ -30,7 +31,7 @@ const headerID = "Ebb-Id"
 
 var (
 	// ErrGap says that the stream no longer holds what it acknowledged.
-	ErrGap = errors.New("gap in the stream")
+	ErrGap = errors.New("gap in the stream: restore it, or name another one (nats.stream) to go on with what follows")
 	// ErrForeign says that somebody else publishes to the stream, or that it belongs to another source.
 	ErrForeign = errors.New("the stream is not this bridge's")
 	// ErrUnsuitable says that the stream's settings do not let it keep what it is sent.
@@ -40,6 +41,8 @@ var (
 // Error codes of the JetStream API. Source: server/errors.json of nats-server.
 const (
 	codeMessageTooLarge  = 10054
+	codeHeadersTooLarge  = 10097
+	codeInvalidConfig    = 10052
 	codeNoMessage        = 10037
 	codeNoReplicas       = 10074 // on a server that is not clustered
 	codeWrongSequence    = 10071
@@ -55,9 +58,8 @@ func (s *Sink) checkStream(ctx context.Context, known sink.Known) error {
 		if !s.cfg.CreateStream {
 			return fmt.Errorf("it does not exist and nats.create_stream is false: create it, or let ebb do so: %w", err)
 		}
-		if known.Sequence > 0 {
-			return backoff.Permanent(fmt.Errorf("it does not exist, but had acknowledged sequence %d, position %s (%w)",
-				known.Sequence, known.Position, ErrGap))
+		if had := max(known.Sequence, s.last.seq); had > 0 {
+			return backoff.Permanent(fmt.Errorf("it does not exist, but had acknowledged sequence %d (%w)", had, ErrGap))
 		}
 		return s.createStream(ctx, known)
 	}
@@ -75,18 +77,24 @@ func (s *Sink) createStream(ctx context.Context, known sink.Known) error {
 		Storage:     jetstream.FileStorage,
 		Replicas:    max(1, s.cfg.Replicas),
 		AllowDirect: true,
-		Metadata:    map[string]string{metaSystem: known.SystemIdentifier, metaDatabase: known.Database, metaSlot: known.Slot},
+		Metadata:    metadata(known),
 	})
 	if err != nil {
 		err = fmt.Errorf("create it: %w", err)
 		var api *jetstream.APIError
-		if errors.As(err, &api) && (api.Code == 400 || api.ErrorCode == codeNoReplicas) {
+		if errors.As(err, &api) && (api.Code == 400 || api.ErrorCode == codeNoReplicas || api.ErrorCode == codeInvalidConfig) {
 			return backoff.Permanent(err)
 		}
 		return err
 	}
 	s.log.Info("created the stream", "stream", s.cfg.Stream, "subjects", s.subject.wildcard(), "replicas", max(1, s.cfg.Replicas))
 	return nil
+}
+
+func metadata(known sink.Known) map[string]string {
+	return map[string]string{
+		metaSystem: known.SystemIdentifier, metaDatabase: known.Database, metaSlot: known.Slot, metaBuffer: known.Buffer,
+	}
 }
 
 func (s *Sink) checkSettings(cfg jetstream.StreamConfig, known sink.Known) error {
@@ -105,7 +113,7 @@ func (s *Sink) checkSettings(cfg jetstream.StreamConfig, known sink.Known) error
 	case cfg.Retention == jetstream.WorkQueuePolicy:
 		return unsuitable("deletes what is consumed (retention workqueue)")
 	}
-	for key, want := range map[string]string{metaSystem: known.SystemIdentifier, metaDatabase: known.Database, metaSlot: known.Slot} {
+	for key, want := range metadata(known) {
 		if have, ok := cfg.Metadata[key]; ok && have != want {
 			return backoff.Permanent(fmt.Errorf("it belongs to %s %s and not to %s: %w: name another stream (nats.stream)", key, have, want, ErrForeign))
 		}
@@ -174,7 +182,7 @@ func (s *Sink) message(ctx context.Context, seq uint64) (message, error) {
 		if err != nil {
 			return message{}, fmt.Errorf("read message %d: %w", seq, err)
 		}
-		m.id = idOf(headers)
+		m.id, m.recovered = idOf(headers), headers.Get(cloudevent.HeaderOrigin) != ""
 		if text := headers.Get(cloudevent.HeaderPosition); text != "" {
 			if m.position, err = event.ParsePosition(text); err == nil {
 				return m, nil
@@ -201,18 +209,21 @@ func (s *Sink) ScanIDs(ctx context.Context, after uint64, fn func(id []byte)) er
 	consumer, err := s.js.OrderedConsumer(ctx, s.cfg.Stream, jetstream.OrderedConsumerConfig{
 		DeliverPolicy: jetstream.DeliverByStartSequencePolicy,
 		OptStartSeq:   after + 1,
-		HeadersOnly:   true,
 	})
 	if err != nil {
 		return fmt.Errorf("scan stream %q: %w", s.cfg.Stream, err)
+	}
+	if info := consumer.CachedInfo(); info != nil && info.NumPending == 0 && info.Delivered.Consumer == 0 {
+		return nil // the stream has deleted them all
 	}
 	messages, err := consumer.Messages()
 	if err != nil {
 		return fmt.Errorf("scan stream %q: %w", s.cfg.Stream, err)
 	}
 	defer messages.Stop()
+	defer context.AfterFunc(ctx, messages.Stop)()
 	for {
-		m, err := messages.Next(jetstream.NextContext(ctx))
+		m, err := messages.Next(jetstream.NextMaxWait(scanTimeout))
 		if err != nil {
 			return fmt.Errorf("scan stream %q: %w", s.cfg.Stream, err)
 		}
@@ -259,9 +270,8 @@ func matches(filter, subject string) bool {
 
 // acknowledgment is the answer of a stream to one message.
 type acknowledgment struct {
-	Seq    uint64              `json:"seq"`
-	Stream string              `json:"stream"`
-	Error  *jetstream.APIError `json:"error"`
+	Seq   uint64              `json:"seq"`
+	Error *jetstream.APIError `json:"error"`
 }
 
 var errNoResponders = errors.New("nobody listens")

@@ -75,11 +75,11 @@ func (f *fixture) tail() event.Position {
 	f.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	pos, err := f.sink.Resume(ctx, f.known)
+	tail, err := f.sink.Resume(ctx, f.known)
 	if err != nil {
 		f.t.Fatalf("resume: %v", err)
 	}
-	return pos
+	return tail.Position
 }
 
 // resumeIn returns how many of messages are at or before the position that the sink resumes at.

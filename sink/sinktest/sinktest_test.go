@@ -106,7 +106,7 @@ func memoryHarness(fault string) sinktest.Harness {
 
 func (s *memorySink) Close() error { return nil }
 
-func (s *memorySink) Resume(context.Context, sink.Known) (event.Position, error) {
+func (s *memorySink) Resume(context.Context, sink.Known) (sink.Tail, error) {
 	s.memory.mu.Lock()
 	defer s.memory.mu.Unlock()
 	n := len(s.memory.messages)
@@ -114,9 +114,9 @@ func (s *memorySink) Resume(context.Context, sink.Known) (event.Position, error)
 		n /= 2
 	}
 	if n == 0 {
-		return event.Position{}, nil
+		return sink.Tail{}, nil
 	}
-	return s.memory.messages[n-1].Position, nil
+	return sink.Tail{Position: s.memory.messages[n-1].Position}, nil
 }
 
 func (s *memorySink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {

@@ -60,16 +60,16 @@ func New(cfg Config) *Sink {
 	return &Sink{out: cfg.Out, envelope: cloudevent.Envelope{Source: cfg.Source}, log: cfg.Logger}
 }
 
-// Resume returns the position of the last event that this process wrote, or what is known if that is later. When a Write of a Run that was told to stop is still
-// blocked, it waits until the reader has taken it, because a second one would tear its lines apart.
-func (s *Sink) Resume(ctx context.Context, known sink.Known) (event.Position, error) {
+// Resume returns the last event that this process wrote, or what is known if that is later. When a Write of a Run that was told
+// to stop is still blocked, it waits until the reader has taken it, because a second one would tear its lines apart.
+func (s *Sink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) {
 	if err := s.settle(ctx); err != nil {
-		return event.Position{}, err
+		return sink.Tail{}, err
 	}
 	if known.Position.Compare(s.position) > 0 {
-		return known.Position, nil
+		return sink.Tail{Position: known.Position}, nil
 	}
-	return s.position, nil
+	return sink.Tail{Position: s.position}, nil
 }
 
 // Run writes the batches from in. An error of Write is final: a pipe whose reader went away does not come back.

@@ -162,7 +162,7 @@ func TestWriteError(t *testing.T) {
 	if !errors.Is(err, os.ErrClosed) && !strings.Contains(err.Error(), "broken pipe") {
 		t.Errorf("got %v, want that the pipe is broken", err)
 	}
-	if pos, err := s.Resume(context.Background(), sink.Known{}); err != nil || !pos.IsZero() {
+	if pos, err := s.Resume(context.Background(), sink.Known{}); err != nil || !pos.Position.IsZero() {
 		t.Errorf("resume: got %v, %v, want the zero position", pos, err)
 	}
 }
@@ -194,9 +194,9 @@ func TestBlockedReader(t *testing.T) {
 		b, _ := io.ReadAll(r)
 		read <- string(first) + string(b)
 	}()
-	pos, err := s.Resume(context.Background(), sink.Known{})
-	if want := (event.Position{Epoch: 1, Commit: 2, Index: 2}); err != nil || pos != want {
-		t.Errorf("resume: got %v, %v, want %v", pos, err, want)
+	tail, err := s.Resume(context.Background(), sink.Known{})
+	if want := (event.Position{Epoch: 1, Commit: 2, Index: 2}); err != nil || tail.Position != want {
+		t.Errorf("resume: got %v, %v, want %v", tail, err, want)
 	}
 	in2 := make(chan *event.Batch, 1)
 	in2 <- batch("3")

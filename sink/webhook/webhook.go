@@ -154,11 +154,11 @@ func New(cfg Config) (*Sink, error) {
 
 // Resume returns at once: a receiver cannot be asked what it has, so it is what this process last delivered, or what is known if
 // that is later.
-func (s *Sink) Resume(_ context.Context, known sink.Known) (event.Position, error) {
+func (s *Sink) Resume(_ context.Context, known sink.Known) (sink.Tail, error) {
 	if known.Position.Compare(s.position) > 0 {
-		return known.Position, nil
+		return sink.Tail{Position: known.Position}, nil
 	}
-	return s.position, nil
+	return sink.Tail{Position: s.position}, nil
 }
 
 // Run delivers the events of the batches from in, one after the other. A receiver that is away, or says anything but 2xx, is

@@ -394,7 +394,7 @@ func TestAbsentReceiver(t *testing.T) {
 	refused := make(chan struct{})
 	log := &logs{seen: sync.OnceFunc(func() { close(refused) })}
 	s := open(t, Config{URL: "http://u:secret-password@" + addr + "/path?token=secret-token", Logger: log.logger(), MaxBackoff: 20 * time.Millisecond})
-	if pos, err := s.Resume(context.Background(), sink.Known{}); err != nil || !pos.IsZero() {
+	if pos, err := s.Resume(context.Background(), sink.Known{}); err != nil || !pos.Position.IsZero() {
 		t.Fatalf("resume: %v, %v", pos, err)
 	}
 	ended := make(chan error, 1)

@@ -53,6 +53,11 @@ COMMENT ON COLUMN ebb.buffer.payload IS 'Delivered byte for byte, which is why i
 COMMENT ON COLUMN ebb.buffer.headers IS 'An object; strings are delivered as they are, other values as their JSON text.';
 COMMENT ON COLUMN ebb.buffer.xid IS 'By which a snapshot tells whether the row was delivered, without a write to the row.';
 
+-- By which this buffer is told from one that was torn down, whose ids began at 1 as well.
+CREATE TABLE ebb.identity (id uuid NOT NULL DEFAULT gen_random_uuid());
+INSERT INTO ebb.identity DEFAULT VALUES;
+COMMENT ON TABLE ebb.identity IS 'The one row names this buffer to the streams that hold its events.';
+
 -- One row for each slot that ebb made. A slot without such a row was made by somebody else, or by a setup that was killed.
 CREATE TABLE ebb.slot (
     name              text PRIMARY KEY,
@@ -82,9 +87,10 @@ CREATE TABLE ebb.tick (
     epoch             integer NOT NULL,
     events            bigint NOT NULL,
     slot              text NOT NULL,
-    system_identifier text NOT NULL
+    system_identifier text NOT NULL,
+    destination       text NOT NULL
 );
-COMMENT ON TABLE ebb.tick IS 'Every row whose xid is visible in snapshot was delivered by delivered_at, in or before position.';
+COMMENT ON TABLE ebb.tick IS 'Every row whose xid is visible in snapshot was delivered by delivered_at, to destination, in or before position.';
 
 -- It has more rights than a producer, who may not read the buffer and so could not get back the id.
 CREATE FUNCTION ebb.put(topic text, payload json, key text DEFAULT NULL, headers jsonb DEFAULT NULL) RETURNS bigint
@@ -138,5 +144,5 @@ GRANT USAGE ON SCHEMA ebb TO ebb_producer, ebb_bridge;
 GRANT INSERT (topic, key, payload, headers) ON ebb.buffer TO ebb_producer;
 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA ebb TO ebb_producer;
 GRANT SELECT ON ebb.events, ebb.backlog TO ebb_producer, ebb_bridge;
-GRANT SELECT ON ebb.buffer, ebb.migration TO ebb_bridge;
+GRANT SELECT ON ebb.buffer, ebb.migration, ebb.identity TO ebb_bridge;
 GRANT SELECT, INSERT, UPDATE, DELETE ON ebb.slot, ebb.tick TO ebb_bridge;
