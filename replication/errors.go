@@ -14,6 +14,7 @@ const (
 	invalidPassword         = "28P01"
 	invalidCatalogName      = "3D000"
 	insufficientPrivilege   = "42501"
+	undefinedObject         = "42704"
 	objectInUse             = "55006"
 	featureNotSupported     = "0A000"
 	configurationLimit      = "53400"
@@ -52,6 +53,8 @@ func withHint(err error) error {
 			"(managed services: grant rds_replication, cloudsqlsuperuser or azure_pg_admin as their manual says)"
 	case pg.Code == configurationLimit:
 		hint = "raise max_replication_slots, or drop a slot that nobody needs (select * from pg_replication_slots)"
+	case pg.Code == undefinedObject:
+		hint = "if it is the publication: ebb setup makes it anew, and has the rows delivered that the slot passed over"
 	case pg.Code == invalidCatalogName:
 		hint = "create the database, or mend the database name of the postgres setting"
 	}

@@ -209,7 +209,7 @@ func (s *Stream) Next() (Message, bool, error) {
 			msg, err := s.copyData(body)
 			return msg, err == nil, err
 		case 'E':
-			return Message{}, false, serverError(body)
+			return Message{}, false, withHint(serverError(body))
 		case 'c', 'C', 'Z': // CopyDone, CommandComplete, ReadyForQuery
 			return Message{}, false, ErrEnded
 		case 'N', 'S':
