@@ -61,6 +61,9 @@ func Run(ctx context.Context, cfg Config) error {
 		case isPermanent(err):
 			return err
 		}
+		if err == nil {
+			err = errors.New("the stream ended")
+		}
 		if time.Since(started) > settled {
 			wait.Reset()
 			attempts.Succeeded("the bridge had recovered")
