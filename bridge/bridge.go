@@ -12,6 +12,7 @@ import (
 
 	"ebb/decode"
 	"ebb/internal/quiet"
+	"ebb/internal/sleep"
 	"ebb/replication"
 	"ebb/sink"
 	"ebb/sql"
@@ -70,11 +71,7 @@ func Run(ctx context.Context, cfg Config) error {
 		}
 		next := wait.NextBackOff()
 		attempts.Failed("the bridge was interrupted and tries again", err, "next", next.Round(time.Millisecond))
-		timer := time.NewTimer(next)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
+		if sleep.For(ctx, next) != nil {
 			return nil
 		}
 	}
@@ -187,12 +184,8 @@ func awaitLead(ctx context.Context, cfg Config, lock *pgxConn) error {
 			cfg.setRole(RoleStandby)
 			cfg.Logger.Info("another bridge leads; standing by", "slot", cfg.Slot)
 		}
-		timer := time.NewTimer(standbyPoll)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return ctx.Err()
+		if err := sleep.For(ctx, standbyPoll); err != nil {
+			return err
 		}
 	}
 }

@@ -73,9 +73,6 @@ func (d *Decoder) Reset() {
 	d.tables, d.types, d.open = make(map[uint32]*table), make(map[uint32]string), false
 }
 
-// SetSkipThrough sets [Config.SkipThrough] for the messages that follow.
-func (d *Decoder) SetSkipThrough(p event.Position) { d.through, d.throughID = p, "" }
-
 // InTransaction reports whether a transaction has begun and not ended.
 func (d *Decoder) InTransaction() bool { return d.open }
 

@@ -15,7 +15,6 @@ const (
 	invalidCatalogName      = "3D000"
 	insufficientPrivilege   = "42501"
 	undefinedObject         = "42704"
-	objectInUse             = "55006"
 	featureNotSupported     = "0A000"
 	configurationLimit      = "53400"
 	syntaxErrorOrAccessRule = "42"
@@ -32,12 +31,6 @@ func IsPermanent(err error) bool {
 		return true
 	}
 	return strings.HasPrefix(pg.Code, syntaxErrorOrAccessRule)
-}
-
-// IsInUse reports whether err says that a slot is streaming to somebody else.
-func IsInUse(err error) bool {
-	var pg *pgconn.PgError
-	return errors.As(err, &pg) && pg.Code == objectInUse
 }
 
 // withHint adds the mend to an error whose cause a server words for its developers.

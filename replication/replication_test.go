@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"ebb/event"
 	"ebb/internal/pgtest"
@@ -162,7 +163,8 @@ func TestStartErrors(t *testing.T) {
 	}
 	s := stream(t, db)
 	_, err = connect(t, db).Start(t.Context(), db.Name, "pub", 1)
-	if !IsInUse(err) || IsPermanent(err) {
+	var refused *pgconn.PgError
+	if !errors.As(err, &refused) || refused.Code != "55006" /* object_in_use */ || IsPermanent(err) {
 		t.Errorf("in use: %v", err)
 	}
 	if err := s.Close(); err != nil {

@@ -24,6 +24,7 @@ import (
 	"ebb/internal/config"
 	"ebb/internal/natsserver"
 	"ebb/internal/postgres"
+	"ebb/internal/sleep"
 )
 
 const (
@@ -337,10 +338,8 @@ func (d *demonstration) tables(ctx context.Context) error {
 			return fmt.Errorf("wait for delivery to be recorded: %w", err)
 		}
 		if !recorded {
-			select {
-			case <-time.After(10 * time.Millisecond):
-			case <-ctx.Done():
-				return fmt.Errorf("delivery was not recorded: %w", ctx.Err())
+			if err := sleep.For(ctx, 10*time.Millisecond); err != nil {
+				return fmt.Errorf("delivery was not recorded: %w", err)
 			}
 		}
 	}

@@ -148,6 +148,15 @@ func (a *app) logger() (*slog.Logger, error) {
 	}
 }
 
+// loadForPostgres is load for a command that cannot do without a Postgres.
+func (a *app) loadForPostgres() (*config.Config, *slog.Logger, error) {
+	cfg, log, err := a.load()
+	if err == nil {
+		err = cfg.RequirePostgres()
+	}
+	return cfg, log, err
+}
+
 // load reads the configuration and makes the logger.
 func (a *app) load() (*config.Config, *slog.Logger, error) {
 	log, err := a.logger()

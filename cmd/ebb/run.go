@@ -30,11 +30,8 @@ func newRun(a *app) *cobra.Command {
 		Long: "Run delivers events from the slot to the sink. It waits for a Postgres or a sink that is not there yet or goes away.\n" +
 			"SIGINT or SIGTERM makes it finish what it has begun; a second one ends it at once.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, log, err := a.load()
+			cfg, log, err := a.loadForPostgres()
 			if err != nil {
-				return err
-			}
-			if err := cfg.RequirePostgres(); err != nil {
 				return err
 			}
 			if err := cfg.RequireSink(); err != nil {

@@ -24,11 +24,8 @@ func newStatus(a *app) *cobra.Command {
 		Use:   "status",
 		Short: "Print how delivery goes; exit with 3 when nobody delivers",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, _, err := a.load()
+			cfg, _, err := a.loadForPostgres()
 			if err != nil {
-				return err
-			}
-			if err := cfg.RequirePostgres(); err != nil {
 				return err
 			}
 			return status(cmd.Context(), a.stdout, cfg, asJSON)

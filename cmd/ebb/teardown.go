@@ -24,11 +24,8 @@ func newTeardown(a *app) *cobra.Command {
 		Use:   "teardown",
 		Short: "Remove the slot, the publication, the schema with all that is in the buffer, and the roles",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, _, err := a.load()
+			cfg, _, err := a.loadForPostgres()
 			if err != nil {
-				return err
-			}
-			if err := cfg.RequirePostgres(); err != nil {
 				return err
 			}
 			confirm := func(question string) error { return a.confirm(question, yes) }

@@ -28,6 +28,7 @@ import (
 	"go.uber.org/goleak"
 
 	"ebb/internal/postgres"
+	"ebb/internal/sleep"
 )
 
 // shared is the server that the tests of one binary share. It starts when the first of them needs it.
@@ -211,10 +212,8 @@ func (db *Database) drop(ctx context.Context) error {
 				return fmt.Errorf("drop slot %q: %w", slot.SlotName, err)
 			}
 		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("drop the slots of %s: %w", db.Name, ctx.Err())
-		case <-time.After(5 * time.Millisecond):
+		if err := sleep.For(ctx, 5*time.Millisecond); err != nil {
+			return fmt.Errorf("drop the slots of %s: %w", db.Name, err)
 		}
 	}
 	_, err = conn.Exec(ctx, "DROP DATABASE "+db.Name+" WITH (FORCE)")

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"ebb/internal/sleep"
 )
 
 const (
@@ -162,14 +164,10 @@ func lockFile(ctx context.Context, path string) (*os.File, error) {
 	}
 }
 
-// wait sleeps for d, or until ctx ends.
+// wait sleeps for d, or until ctx ends, and then returns why it did.
 func wait(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
+	if sleep.For(ctx, d) != nil {
 		return context.Cause(ctx)
 	}
+	return nil
 }

@@ -15,6 +15,7 @@ import (
 
 	"ebb/event"
 	"ebb/internal/quiet"
+	"ebb/internal/sleep"
 	"ebb/sink"
 	"ebb/sink/cloudevent"
 )
@@ -93,12 +94,8 @@ func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.D
 			wait.Reset()
 		}
 		p.quiet.Failed("publishing was interrupted", err, "stream", s.cfg.Stream, "waiting", len(p.pending))
-		timer := time.NewTimer(wait.NextBackOff())
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return ctx.Err()
+		if err := sleep.For(ctx, wait.NextBackOff()); err != nil {
+			return err
 		}
 		if err := p.resume(ctx); err != nil {
 			return err

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"ebb/event"
+	"ebb/internal/sleep"
 	"ebb/sink"
 	"ebb/sink/cloudevent"
 )
@@ -214,7 +215,7 @@ func (s *Sink) deliver(ctx context.Context, e *event.Event) error {
 		}
 		wait := max(pause.next(), failure.retryAfter)
 		s.report.failed(e, failure, attempts, wait)
-		if err := sleep(ctx, wait); err != nil {
+		if err := sleep.For(ctx, wait); err != nil {
 			return err
 		}
 	}
@@ -258,15 +259,4 @@ func authorize(h http.Header, user *url.Userinfo) {
 func (s *Sink) Close() error {
 	s.client.CloseIdleConnections()
 	return nil
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }
