@@ -33,13 +33,27 @@ type Config struct {
 	// are kept.
 	TickEvery, TickKeep time.Duration
 
+	// Adopt says that this database is to be gone on with, although the destination belongs to another source or holds events that the
+	// database does not have. AcceptGap says that what the destination has forgotten, and the buffer does not have any more, may be missing.
+	Adopt, AcceptGap bool
+
 	// OnRole, unless nil, is told which role the bridge has now.
 	OnRole func(Role)
+
+	// interrupt, unless nil, is called by tests at places where a bridge may be killed. An error ends the bridge there.
+	interrupt func(place string) error
+}
+
+func (c *Config) at(place string) error {
+	if c.interrupt == nil {
+		return nil
+	}
+	return c.interrupt(place)
 }
 
 const (
 	// standbyPoll is how often a standby asks whether the leader is gone.
-	standbyPoll = 500 * time.Millisecond
+	standbyPoll = 250 * time.Millisecond
 	// settled is how long a bridge has run when its next failure counts as a new one.
 	settled = 10 * time.Second
 )
@@ -50,22 +64,26 @@ func Run(ctx context.Context, cfg Config) error {
 	attempts := quiet.New(cfg.Logger)
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = 100*time.Millisecond, 5*time.Second
+	doubt := noDoubt
 	for {
 		started := time.Now()
-		err := lead(ctx, cfg)
+		before := doubt
+		err := lead(ctx, cfg, &doubt)
 		switch {
 		case ctx.Err() != nil:
 			if err != nil && !errors.Is(err, context.Canceled) {
 				cfg.Logger.Warn("stopped in the middle; what is missing follows at the next start", "error", err)
 			}
 			return nil
-		case isPermanent(err):
+		case isPermanent(err), errors.Is(err, decode.ErrPositions) && (!cfg.Adopt || before == mispositioned):
 			return err
 		}
+		doubt = doubt.after(err)
 		if err == nil {
 			err = errors.New("the stream ended")
 		}
 		if time.Since(started) > settled {
+			doubt = noDoubt
 			wait.Reset()
 			attempts.Succeeded("the bridge had recovered")
 		}
@@ -89,19 +107,20 @@ func (e *sinkError) Unwrap() error { return e.err }
 // isPermanent reports whether waiting cannot mend err.
 func isPermanent(err error) bool {
 	for _, target := range []error{
-		ErrSetup, sql.ErrNoSchema, sql.ErrPublication, decode.ErrMapping, decode.ErrMalformed, decode.ErrRow, decode.ErrPositions,
+		ErrSetup, sql.ErrNoSchema, sql.ErrPublication, decode.ErrMapping, decode.ErrMalformed, decode.ErrRow,
 		replication.ErrForeignSlot, replication.ErrWALLevel,
 	} {
 		if errors.Is(err, target) {
 			return true
 		}
 	}
+	var haltErr *haltError
 	var sinkErr *sinkError
-	return errors.As(err, &sinkErr) || replication.IsPermanent(err)
+	return errors.As(err, &haltErr) || errors.As(err, &sinkErr) && !errors.Is(err, sink.ErrForgot) || replication.IsPermanent(err)
 }
 
 // lead waits until this bridge is the slot's leader, and then delivers until stop ends or something fails, which is an error.
-func lead(stop context.Context, cfg Config) error {
+func lead(stop context.Context, cfg Config, doubt *doubt) error {
 	// Before there is a stream, there is nothing to drain: stop ends everything at once.
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(stop))
 	defer cancel(nil)
@@ -129,26 +148,33 @@ func lead(stop context.Context, cfg Config) error {
 	}
 	defer closeQuietly(db)
 
-	// The session that holds the lock and all that happens under it live and die together. To listen to it also tells
-	// at once when the server shuts down, which must not wait for us.
-	watching := make(chan struct{})
+	// The session that holds the lock and all that happens under it live and die together. It also tells at once when the server shuts
+	// down, which must not wait for us.
+	held := make(chan struct{})
 	go func() {
-		defer close(watching)
-		_, err := lock.WaitForNotification(ctx)
-		cancel(fmt.Errorf("the session that holds the leader's lock ended: %w", err))
+		defer close(held)
+		cancel(sql.Hold(ctx, lock))
 	}()
 	defer func() {
 		cancel(nil)
-		<-watching
+		<-held
 	}()
 
-	l := &leader{Config: cfg, db: db}
-	err = l.ensureSlot(ctx)
+	l := &leader{Config: cfg, db: db, doubt: doubt}
+	defer l.closeConn()
+	err = l.connect(ctx, lock.PgConn().PID())
 	if err == nil {
-		err = l.recover(ctx)
+		l.record, err = sql.TakeTerm(ctx, db, cfg.Slot)
+		if errors.Is(err, sql.ErrNoRecord) {
+			err = fmt.Errorf("%w: %w; run ebb setup", ErrSetup, err)
+		}
+	}
+	var next step
+	if err == nil {
+		next, err = l.prepare(ctx)
 	}
 	if err == nil {
-		err = l.start(ctx)
+		err = l.start(ctx, next)
 	}
 	if err == nil {
 		detach()
@@ -158,6 +184,33 @@ func lead(stop context.Context, cfg Config) error {
 		return cause // of which err is a consequence
 	}
 	return err
+}
+
+// connect opens the replication connection, to the same server as that of the session which holds the lock.
+func (l *leader) connect(ctx context.Context, lockPID uint32) error {
+	var err error
+	if l.conn, err = replication.Connect(ctx, l.Postgres, l.Slot); err != nil {
+		return err
+	}
+	same, err := l.conn.SharesServer(ctx, lockPID)
+	if err != nil {
+		return err
+	}
+	if !same {
+		return errors.New("two connections have led to two servers; one of them is not, or is no longer, the primary")
+	}
+	l.system, err = l.conn.Identify(ctx)
+	return err
+}
+
+// closeConn closes the replication connection, unless a stream has taken it over.
+func (l *leader) closeConn() {
+	if l.conn == nil {
+		return
+	}
+	if err := l.conn.Close(); err != nil {
+		l.Logger.Debug("close the replication connection", "error", err)
+	}
 }
 
 func (c *Config) setRole(r Role) {

@@ -226,8 +226,8 @@ type testSink struct {
 }
 
 var (
-	_ sink.Sink      = (*testSink)(nil)
-	_ sink.IDScanner = (*exactSink)(nil)
+	_ sink.Sink    = (*testSink)(nil)
+	_ sink.Scanner = (*exactSink)(nil)
 
 	errDied = errors.New("the test's sink died")
 )
@@ -248,11 +248,14 @@ func newExactSink() *exactSink {
 	return &exactSink{s}
 }
 
-func (s *exactSink) ScanIDs(_ context.Context, after uint64, fn func([]byte)) error {
+func (s *exactSink) Scan(_ context.Context, after uint64, fn func(sink.Stored) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, e := range s.events[min(after, uint64(len(s.events))):] {
-		fn(e.ID)
+	for i := min(after, uint64(len(s.events))); i < uint64(len(s.events)); i++ {
+		e := &s.events[i]
+		if err := fn(sink.Stored{Sequence: i + 1, Position: e.Position, Origin: e.Origin, ID: e.ID, Payload: e.Payload}); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -282,7 +285,11 @@ func (s *testSink) Resume(ctx context.Context, known sink.Known) (sink.Tail, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.exact || s.last.Compare(known.Position) > 0 {
+	if s.exact {
+		n := uint64(len(s.events))
+		return sink.Tail{Position: s.last, Sequence: n, Last: n, Source: known.Source, Exclusive: true}, nil
+	}
+	if s.last.Compare(known.Position) > 0 {
 		return sink.Tail{Position: s.last}, nil
 	}
 	return sink.Tail{Position: known.Position}, nil
@@ -412,7 +419,7 @@ func sameSet(t *testing.T, got, want []int64) {
 func (f *fixture) stream(server *natstest.Server) *jetstream.Sink {
 	f.t.Helper()
 	s, err := jetstream.New(jetstream.Config{Servers: server.URL(), Stream: "EBB", Subject: "ebb.{topic}", Source: "ebb",
-		CreateStream: true, Replicas: 1, Name: f.slot, Logger: f.log})
+		CreateStream: true, Replicas: 1, Exclusive: true, Name: f.slot, Logger: f.log})
 	if err != nil {
 		f.t.Fatal(err)
 	}

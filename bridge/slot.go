@@ -5,24 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strconv"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgtype"
-
-	"ebb/decode"
-	"ebb/event"
 	"ebb/replication"
-	"ebb/sink"
 	"ebb/sql"
 )
 
 const (
-	// recoverBytes is about how much content a page of recovered rows holds.
-	recoverBytes = 1 << 20
 	// waitersAfter is when and how often it is said what the creation of a slot waits for.
 	waitersAfter = 2 * time.Second
 	waitersEvery = 10 * time.Second
+	// endTimeout is how long the walsender of a bridge that has lost the lead may take to end.
+	endTimeout = 15 * time.Second
 )
 
 // EnsureSlot makes the slot, unless there is one that ebb has a record of. It returns whether it did. With the slot comes a
@@ -41,35 +35,68 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	record, err := sql.ReadSlot(ctx, db, cfg.Slot)
+	if err != nil && !errors.Is(err, sql.ErrNoRecord) {
+		return false, err
+	}
+	recorded := err == nil
 	slot, err := replication.InspectSlot(ctx, db, cfg.Slot)
 	if err != nil && !errors.Is(err, replication.ErrNoSlot) {
 		return false, err
 	}
-	exists := err == nil
-	if exists {
-		if err := slot.Usable(system.Database); err != nil {
+	why := "setup"
+	if err == nil {
+		if err := slot.Ours(system.Database); err != nil {
 			return false, err
 		}
-		record, err := sql.ReadSlot(ctx, db, cfg.Slot)
-		if err != nil && !errors.Is(err, sql.ErrNoRecord) {
-			return false, err
-		}
-		if err == nil && record.Made && !slot.Lost() && record.SystemIdentifier == system.ID && record.Timeline == system.Timeline {
+		// What follows from a change of the timeline is for the bridge to decide, which can ask the destination.
+		if recorded && record.Made && !slot.Lost() && slot.Plugin == replication.Plugin && record.SystemIdentifier == system.ID {
 			return false, nil
+		}
+		if err := slot.Usable(system.Database); err != nil && !recorded {
+			return false, err
 		}
 		if slot.Active {
 			return false, fmt.Errorf("%w: slot %q is not ebb's and is in use by pid %d (%s): stop that, or choose another name for "+
 				"the slot setting", replication.ErrForeignSlot, cfg.Slot, slot.ActivePID, slot.ActiveName)
 		}
+		why = "there was another slot of that name"
+	} else if recorded {
+		why = "the slot does not exist"
 	}
-	if err := sql.PrepareSlot(ctx, db, cfg.Slot, system.ID, system.Timeline); err != nil {
-		return false, err
+	_, err = makeSlot(ctx, db, conn, &cfg, system, why)
+	return err == nil, err
+}
+
+// makeSlot makes the slot, in place of one that there may be, and returns its record, which is of a new term. Whenever it is interrupted,
+// the record says that it has to be done again.
+func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Config, system replication.System, why string) (sql.SlotRecord, error) {
+	publication, err := sql.ReadPublication(ctx, db, cfg.Publication)
+	if err == nil {
+		err = publication.Check()
 	}
-	if exists {
+	if err != nil {
+		return sql.SlotRecord{}, err
+	}
+	record, err := sql.PrepareSlot(ctx, db, cfg.Slot, system.ID, system.Timeline, publication.Mark, why)
+	if err != nil {
+		return sql.SlotRecord{}, err
+	}
+	if err := cfg.at("prepared"); err != nil {
+		return sql.SlotRecord{}, err
+	}
+	_, err = replication.InspectSlot(ctx, db, cfg.Slot)
+	switch {
+	case err == nil:
 		if err := conn.DropSlot(ctx, cfg.Slot); err != nil {
-			return false, err
+			return sql.SlotRecord{}, err
 		}
-		cfg.Logger.Warn("dropped a slot that could not be used", "slot", cfg.Slot, "wal_status", slot.WALStatus)
+		cfg.Logger.Warn("dropped a slot that could not be used", "slot", cfg.Slot, "because", why)
+	case !errors.Is(err, replication.ErrNoSlot):
+		return sql.SlotRecord{}, err
+	}
+	if err := cfg.at("dropped"); err != nil {
+		return sql.SlotRecord{}, err
 	}
 
 	waiting, stopWaiting := context.WithCancel(ctx)
@@ -83,14 +110,17 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 	<-said
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
-		return false, fmt.Errorf("%w; transactions that have written must end before a slot can be made", err)
+		return sql.SlotRecord{}, fmt.Errorf("%w; transactions that have written must end before a slot can be made", err)
 	case err != nil:
-		return false, err
+		return sql.SlotRecord{}, err
 	}
-	if err := sql.RecordSlot(ctx, db, cfg.Slot, made.Snapshot, made.ConsistentPoint); err != nil {
-		return false, err
+	if err := cfg.at("created"); err != nil {
+		return sql.SlotRecord{}, err
 	}
-	return true, nil
+	if err := sql.RecordSlot(ctx, db, record, made.Snapshot, made.ConsistentPoint); err != nil {
+		return sql.SlotRecord{}, err
+	}
+	return record, cfg.at("recorded")
 }
 
 // sayWaiters logs which transactions the creation of a slot waits for, as long as ctx lasts.
@@ -113,155 +143,4 @@ func sayWaiters(ctx context.Context, db *pgxConn, log *slog.Logger) {
 		}
 		timer.Reset(waitersEvery)
 	}
-}
-
-// ensureSlot checks that what setup made is there, and makes a slot that was lost anew.
-func (l *leader) ensureSlot(ctx context.Context) error {
-	if err := sql.CheckPublication(ctx, l.db, l.Publication); err != nil {
-		return err
-	}
-	record, err := sql.ReadSlot(ctx, l.db, l.Slot)
-	if errors.Is(err, sql.ErrNoRecord) {
-		return fmt.Errorf("%w: %w; run ebb setup", ErrSetup, err)
-	}
-	if err != nil {
-		return err
-	}
-	slot, err := replication.InspectSlot(ctx, l.db, l.Slot)
-	if err != nil && !errors.Is(err, replication.ErrNoSlot) {
-		return err
-	}
-	lost := err != nil || slot.Lost() || !record.Made
-	if err == nil {
-		if err := slot.Usable(l.db.Config().Database); err != nil {
-			return err
-		}
-		// A walsender that ends at this moment is active still and has no name any more.
-		if slot.Active && slot.ActiveName != "" && slot.ActiveName != l.Slot {
-			return fmt.Errorf("%w: slot %q is in use by pid %d (%s), which is no bridge: stop that", replication.ErrForeignSlot, l.Slot,
-				slot.ActivePID, slot.ActiveName)
-		}
-	}
-	system, err := l.identify(ctx)
-	if err != nil {
-		return err
-	}
-	if system.ID != record.SystemIdentifier || system.Timeline != record.Timeline {
-		return fmt.Errorf("%w: slot %q was made on cluster %s, timeline %d, and this is %s, timeline %d: a restored, copied or promoted "+
-			"database. If this is the one to go on with, run ebb setup, which makes the slot anew and delivers what the buffer holds",
-			ErrSetup, l.Slot, record.SystemIdentifier, record.Timeline, system.ID, system.Timeline)
-	}
-	if lost {
-		l.Logger.Warn("the slot is lost; making it anew and delivering from the buffer what it held", "slot", l.Slot,
-			"wal_status", slot.WALStatus)
-		if _, err := EnsureSlot(ctx, l.db, l.Config); err != nil {
-			return err
-		}
-		if record, err = sql.ReadSlot(ctx, l.db, l.Slot); err != nil {
-			return err
-		}
-	}
-	l.record = record
-	return nil
-}
-
-func (l *leader) identify(ctx context.Context) (replication.System, error) {
-	conn, err := replication.Connect(ctx, l.Postgres, l.Slot)
-	if err != nil {
-		return replication.System{}, err
-	}
-	system, err := conn.Identify(ctx)
-	return system, errors.Join(err, conn.Close())
-}
-
-// recover delivers the rows that were in the buffer before the slot was, unless that is done. It may be interrupted anywhere:
-// what the sink holds by then is not delivered again, if the sink can tell.
-func (l *leader) recover(ctx context.Context) error {
-	if l.record.Done {
-		return nil
-	}
-	known, _, err := l.known(ctx)
-	if err != nil {
-		return err
-	}
-	if _, err := l.Sink.Resume(ctx, known); err != nil {
-		return &sinkError{err}
-	}
-	// Of the ids that the sink holds, only those matter that are still to come: they are few, however much is recovered.
-	held := map[int64]struct{}{}
-	if scanner, ok := l.Sink.(sink.IDScanner); ok {
-		floor, err := sql.RecoveryFloor(ctx, l.db, l.Slot, l.Destination)
-		if err != nil {
-			return err
-		}
-		if err := scanner.ScanIDs(ctx, floor, func(id []byte) {
-			if n, err := strconv.ParseInt(string(id), 10, 64); err == nil && n > l.record.RecoveredID {
-				held[n] = struct{}{}
-			}
-		}); err != nil {
-			return err
-		}
-	}
-	for {
-		rows, err := sql.RowsToRecover(ctx, l.db, l.Slot, l.record.RecoveredID, recoverBytes)
-		if err != nil {
-			return err
-		}
-		if len(rows) == 0 {
-			break
-		}
-		n, err := l.recoverPage(ctx, known, rows, held)
-		if err != nil {
-			return err
-		}
-		l.record.RecoveredID = rows[len(rows)-1].ID
-		l.record.Recovered += int64(n)
-		if err := sql.Recovered(ctx, l.db, l.Slot, l.record.RecoveredID, n); err != nil {
-			return err
-		}
-	}
-	if err := sql.RecoveryDone(ctx, l.db, l.Slot); err != nil {
-		return err
-	}
-	if l.record.Recovered > 0 {
-		l.Logger.Info("delivered the rows from before the slot", "slot", l.Slot, "events", l.record.Recovered)
-	}
-	return nil
-}
-
-// recoverPage delivers those of the rows that the sink does not hold, and returns how many they were.
-func (l *leader) recoverPage(ctx context.Context, known sink.Known, rows []sql.Row, held map[int64]struct{}) (int, error) {
-	tail, err := l.Sink.Resume(ctx, known)
-	if err != nil {
-		return 0, &sinkError{err}
-	}
-	position := tail.Position
-	if position.IsZero() {
-		position.Epoch = l.record.Epoch
-	}
-	managed := decode.Managed()
-	batch := event.NewBatch()
-	for _, row := range rows {
-		if _, ok := held[row.ID]; ok {
-			continue
-		}
-		if err := managed.AppendRow(batch, decode.Row{
-			ID: strconv.AppendInt(nil, row.ID, 10), Topic: row.Topic, Key: row.Key, Payload: row.Payload, Headers: row.Headers,
-			PayloadType: pgtype.JSONOID, Time: row.CreatedAt, Position: position,
-		}); err != nil {
-			return 0, err
-		}
-	}
-	n := len(batch.Events)
-	if n == 0 {
-		batch.Release()
-		return 0, nil
-	}
-	in := make(chan *event.Batch, 1)
-	in <- batch
-	close(in)
-	if err := l.Sink.Run(ctx, in, func(sink.Progress) {}); err != nil {
-		return 0, &sinkError{err}
-	}
-	return n, nil
 }

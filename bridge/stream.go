@@ -36,52 +36,48 @@ const (
 // leader is a bridge that holds the leader's lock.
 type leader struct {
 	Config
-	db     *pgxConn
+	db *pgxConn
+	// conn is the replication connection until out, the stream, has taken it over.
+	conn   *replication.Conn
+	system replication.System
+	doubt  *doubt
 	record sql.SlotRecord
+	// slot is what the stream starts from.
+	slot replication.Slot
 
 	out     *replication.Stream
 	decoder *decode.Decoder
 	tracker *tracker
+	// witness, unless nil, sees what comes by, because the slot may not be the one that ebb has made.
+	witness *witness
 	// skipped is how many of the events that the sink has already were left out so far.
 	skipped uint64
-	// tail is the last event that the sink held when this stream started.
-	tail sink.Tail
+	// from is the last event that the sink was known to hold when this stream started.
+	from sink.Progress
 	// before is how many events were delivered before this stream started.
 	before int64
 }
 
-// start asks the sink where to go on, and starts streaming from the slot.
-func (l *leader) start(ctx context.Context) error {
-	known, tick, err := l.known(ctx)
-	if err != nil {
-		return err
-	}
-	if l.tail, err = l.Sink.Resume(ctx, known); err != nil {
-		return &sinkError{err}
-	}
-	slot, err := replication.InspectSlot(ctx, l.db, l.Slot)
-	if err != nil {
-		return err
-	}
-	conn, err := replication.Connect(ctx, l.Postgres, l.Slot)
-	if err != nil {
-		return err
-	}
-	l.out, err = conn.Start(ctx, l.Slot, l.Publication, slot.ConfirmedFlush)
-	if err != nil {
+// start starts streaming from the slot.
+func (l *leader) start(ctx context.Context, s step) error {
+	conn := l.conn
+	l.conn = nil
+	var err error
+	if l.out, err = conn.Start(ctx, l.Slot, l.Publication, l.slot.ConfirmedFlush); err != nil {
 		if _, gone := replication.InspectSlot(ctx, l.db, l.Slot); errors.Is(gone, replication.ErrNoSlot) {
 			return gone // a moment ago: it is made anew in the next round
 		}
 		return err
 	}
-	l.Logger.Info("streaming", "slot", l.Slot, "from", slot.ConfirmedFlush, "delivered", l.tail.Position)
-	l.decoder = decode.New(decode.Config{Epoch: l.record.Epoch, SkipThrough: l.tail.Position, SkipThroughID: l.tail.ID})
-	_, remembers := l.Sink.(sink.IDScanner)
-	l.tracker = newTracker(slot.ConfirmedFlush, sink.Progress{Position: l.tail.Position, Sequence: l.tail.Sequence}, remembers)
-	l.before = tick.Events
-	if tick.ID == l.record.RecoveredAfter {
-		l.before += l.record.Recovered // no tick has counted them yet
+	l.Logger.Info("streaming", "slot", l.Slot, "from", l.slot.ConfirmedFlush, "delivered", s.last.Position)
+	l.from = s.last
+	cfg := decode.Config{Epochs: l.record.Epochs, Skip: s.skip}
+	if l.witness != nil {
+		cfg.Seen = l.witness.see
 	}
+	l.decoder = decode.New(cfg)
+	_, remembers := l.Sink.(sink.Scanner)
+	l.tracker = newTracker(l.slot.ConfirmedFlush, s.last, remembers)
 	return nil
 }
 
@@ -178,7 +174,11 @@ func (l *leader) saySkipped(skipped, said decode.Skipped) decode.Skipped {
 // not got the batch, and must get none of those that follow: it would take them for what comes next.
 func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.Batch) error {
 	skipped := l.decoder.Skipped().Delivered
-	confirmed := l.tracker.hand(batch, skipped-l.skipped)
+	last := l.from
+	if more, position := l.decoder.SkippedMore(); more > 0 {
+		last = sink.Progress{Position: position, Sequence: l.from.Sequence + more}
+	}
+	confirmed := l.tracker.hand(batch, skipped-l.skipped, last)
 	l.skipped = skipped
 	l.out.Confirm(confirmed.write, confirmed.flush)
 	if len(batch.Events) == 0 {
@@ -213,21 +213,6 @@ func (l *leader) drain(ctx context.Context, sunk <-chan struct{}) error {
 		return nil
 	}
 	return err
-}
-
-// known is what the database knows of the sink, and the newest tick.
-func (l *leader) known(ctx context.Context) (sink.Known, sql.Tick, error) {
-	tick, _, err := sql.LastTick(ctx, l.db, l.record)
-	if err != nil {
-		return sink.Known{}, sql.Tick{}, err
-	}
-	known := sink.Known{
-		SystemIdentifier: l.record.SystemIdentifier, Database: l.db.Config().Database, Slot: l.Slot, Buffer: l.record.Buffer,
-	}
-	if tick.Destination == l.Destination {
-		known.Position, known.Sequence = tick.Position, tick.StreamSeq
-	}
-	return known, tick, nil
 }
 
 func closeQuietly(db *pgxConn) {

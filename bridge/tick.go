@@ -2,6 +2,7 @@ package bridge
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"ebb/event"
@@ -30,13 +31,12 @@ func (l *leader) tick(ctx context.Context) error {
 		if delivered := l.tracker.snapshot().delivered; delivered != recorded {
 			recorded, due = delivered, 2
 		}
-		tick, err := sql.BeginTick(ctx, l.db)
+		tick, publication, err := sql.BeginTick(ctx, l.db, l.Publication)
 		if err != nil {
 			return ignoreEnd(ctx, err)
 		}
-		// While the publication does not fit, the slot passes over rows without a word. It is looked at after the snapshot
-		// was taken, so that no such row can be in there.
-		if err := sql.CheckPublication(ctx, l.db, l.Publication); err != nil {
+		// While the publication does not fit, the slot passes over rows without a word.
+		if err := l.checkPublication(ctx, publication); err != nil {
 			return ignoreEnd(ctx, err)
 		}
 		if due == 0 {
@@ -46,8 +46,11 @@ func (l *leader) tick(ctx context.Context) error {
 		if !ok {
 			return nil
 		}
+		if err := l.checkWitness(ctx, tick); err != nil {
+			return ignoreEnd(ctx, err)
+		}
 		tick.Position, tick.StreamSeq, tick.Events = now.last.Position, now.last.Sequence, l.before+int64(now.delivered)
-		tick.Destination = l.Destination
+		tick.Destination, tick.Epoch = l.Destination, l.record.Epochs.Last()
 		if err := sql.StoreTick(ctx, l.db, l.record, tick, l.TickKeep); err != nil {
 			return ignoreEnd(ctx, err)
 		}
@@ -55,6 +58,48 @@ func (l *leader) tick(ctx context.Context) error {
 		l.out.Confirm(confirmed.write, confirmed.flush)
 		due--
 	}
+}
+
+// checkPublication returns an error, and nothing is recorded or confirmed any more, if the publication is not what it was when the slot
+// was made. One that fits again may not have done so in between: then the slot is made anew.
+func (l *leader) checkPublication(ctx context.Context, p sql.Publication) error {
+	if err := p.Check(); err != nil {
+		return err
+	}
+	if l.record.Publication == "" || p.Mark == l.record.Publication {
+		return nil
+	}
+	const because = "its publication was changed, so that it may have passed over rows"
+	if err := sql.RemakeSlot(ctx, l.db, l.record, because); err != nil {
+		return err
+	}
+	return fmt.Errorf("slot %q: %w: %s", l.Slot, sql.ErrNotMade, because)
+}
+
+// checkWitness returns an error if rows that the tick is to record as delivered have not come by since the stream started, nor were they
+// recorded before: somebody has made another slot, or has moved this one. It is made anew then.
+func (l *leader) checkWitness(ctx context.Context, tick sql.Tick) error {
+	if l.witness == nil {
+		return nil
+	}
+	missed := 0
+	if err := sql.RowsBetween(ctx, l.db, l.witness.since, tick.Snapshot, func(id int64) {
+		if !l.witness.saw(id) {
+			missed++
+		}
+	}); err != nil {
+		return err
+	}
+	if missed > 0 {
+		because := fmt.Sprintf("it has passed over %d rows, so that somebody must have made another one or moved it", missed)
+		if err := sql.RemakeSlot(ctx, l.db, l.record, because); err != nil {
+			return err
+		}
+		return fmt.Errorf("slot %q: %w: %s", l.Slot, sql.ErrNotMade, because)
+	}
+	l.witness.dismiss()
+	l.witness = nil
+	return nil
 }
 
 // awaitDelivered waits until everything before lsn is delivered.

@@ -47,12 +47,15 @@ func newTracker(lsn event.LSN, last sink.Progress, ticked bool) *tracker {
 }
 
 // hand is called with each batch before the sink can have it, and with how many events were left out before the batch's first
-// because the sink has them already.
-func (t *tracker) hand(b *event.Batch, skipped uint64) confirmation {
+// because the sink has them already, up to last.
+func (t *tracker) hand(b *event.Batch, skipped uint64, last sink.Progress) confirmation {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.handed += skipped
 	t.delivered += skipped
+	if skipped > 0 {
+		t.last = last
+	}
 	for _, m := range b.Marks {
 		t.waiting = appendMark(t.waiting, mark{events: t.handed + uint64(m.Events), first: m.First, last: m.Last})
 	}

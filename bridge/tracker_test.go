@@ -80,7 +80,7 @@ func TestTracker(t *testing.T) {
 				}
 			}
 			handed += len(b.Events)
-			check(tracker.hand(b, uint64(skipped)))
+			check(tracker.hand(b, uint64(skipped), sink.Progress{}))
 		}
 		deliver := func(t *rapid.T) {
 			n := rapid.IntRange(0, handed-delivered).Draw(t, "delivered")
@@ -112,7 +112,7 @@ func TestTrackerThinsOutWhatWaitsForATick(t *testing.T) {
 		b := event.NewBatch()
 		b.Events = append(b.Events, event.Event{})
 		b.MarkEnd(event.LSN(2 + i))
-		tracker.hand(b, 0)
+		tracker.hand(b, 0, sink.Progress{})
 		b.Release()
 		tracker.deliver(sink.Progress{Events: 1})
 	}

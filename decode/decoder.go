@@ -13,22 +13,42 @@ import (
 // table was added to the publication.
 var ErrPositions = errors.New("positions have changed their meaning")
 
+// ErrCount says that the destination does not hold as many events as the slot has: some of its messages are somebody else's, or events
+// are missing between them.
+var ErrCount = errors.New("the destination does not hold as many events as it should")
+
 // Config says what a [Decoder] makes of the messages.
 type Config struct {
-	// Epoch is that of every event's position.
-	Epoch uint32
+	// Epochs give the positions of events their epoch.
+	Epochs event.Epochs
 	// Buffers are the tables whose rows are events; none stands for [Managed].
 	Buffers []Buffer
-	// SkipThrough is the position of the last event that the destination holds already: the events up to it are left out.
-	SkipThrough event.Position
-	// SkipThroughID is the id of that event, unless it is unknown. If another one comes by at its position, what positions mean
-	// has changed, and nothing can be left out by them.
-	SkipThroughID string
+	// Skip is what the destination holds already.
+	Skip Skip
+	// Seen, unless nil, is called with the id of every row that comes by, left out or not. The slice is valid during the call.
+	Seen func(id []byte)
+}
+
+// Skip says which events are left out because the destination holds them already, and by what it is known that it does.
+type Skip struct {
+	// Through is the position of the last one.
+	Through event.Position
+	// ID is the id of the event at Through, unless it is unknown. If another one comes by there, what positions mean has changed, and
+	// nothing can be left out by them.
+	ID string
+	// Comes says that the event at Through is yet to come by.
+	Comes bool
+	// More is how many events behind Through are left out as well.
+	More uint64
+	// Counted says that the destination holds Count events behind Since, up to Through, all of which are yet to come by.
+	Counted bool
+	Since   event.Position
+	Count   uint64
 }
 
 // Skipped counts messages that gave no event, by the reason for it. The counts only ever rise.
 type Skipped struct {
-	// Delivered counts rows up to SkipThrough.
+	// Delivered counts events that the destination holds already.
 	Delivered uint64
 	// Unmapped counts rows of tables that no [Buffer] maps.
 	Unmapped uint64
@@ -41,12 +61,17 @@ type Skipped struct {
 // Decoder turns the messages of one replication connection, pgoutput protocol version 1, into events. It is used by one goroutine
 // at a time.
 type Decoder struct {
-	epoch   uint32
+	epochs  event.Epochs
 	buffers []Buffer
 	skipped Skipped
 
-	through   event.Position
-	throughID string
+	skip Skip
+	see  func(id []byte)
+	// seen says that the event at skip.Through has come by, counted how many events came by between skip.Since and it, and more how
+	// many were left out behind it, the last one at last.
+	seen, passed  bool
+	counted, more uint64
+	last          event.Position
 
 	tables map[uint32]*table
 	types  map[uint32]string
@@ -60,7 +85,7 @@ type Decoder struct {
 
 // New returns a Decoder that stands before the first message of a connection.
 func New(cfg Config) *Decoder {
-	d := &Decoder{epoch: cfg.Epoch, buffers: append([]Buffer(nil), cfg.Buffers...), through: cfg.SkipThrough, throughID: cfg.SkipThroughID}
+	d := &Decoder{epochs: cfg.Epochs, buffers: append([]Buffer(nil), cfg.Buffers...), skip: cfg.Skip, see: cfg.Seen}
 	if len(d.buffers) == 0 {
 		d.buffers = []Buffer{Managed()}
 	}
@@ -81,6 +106,9 @@ func (d *Decoder) CommitTime() time.Time { return d.time }
 
 // Skipped returns what was left out so far.
 func (d *Decoder) Skipped() Skipped { return d.skipped }
+
+// SkippedMore returns how many events behind Skip.Through were left out so far, and the position of the last one.
+func (d *Decoder) SkippedMore() (uint64, event.Position) { return d.more, d.last }
 
 // Decode decodes one message, and appends the event that it gives, if any, to the batch. The end of a transaction marks the batch
 // with the transaction's end LSN. Decode keeps nothing of msg. The batch may be another one in every call.
@@ -133,7 +161,7 @@ func (d *Decoder) decodeBegin(msg []byte) error {
 		return malformed('B', 0, "transaction %s has not ended", d.position.Commit)
 	}
 	d.open, d.time = true, pgTime(m.time)
-	d.position = event.Position{Epoch: d.epoch, Commit: m.final}
+	d.position = event.Position{Epoch: d.epochs.At(m.final), Commit: m.final}
 	return nil
 }
 
@@ -203,18 +231,20 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 	}
 
 	d.position.Index++
-	if d.throughID != "" && d.position == d.through {
-		if err := d.checkThrough(t); err != nil {
-			return err
-		}
-	}
 	if t.buffer == nil {
 		d.skipped.Unmapped++
+		if d.position == d.skip.Through && d.skip.ID != "" {
+			return d.positionsChanged("a row of " + t.name)
+		}
 		return nil
 	}
-	if d.position.Compare(d.through) <= 0 {
-		d.skipped.Delivered++
-		return nil
+	if d.see != nil {
+		d.see(m.column(t.id))
+	}
+	if !d.passed || d.more < d.skip.More {
+		if left, err := d.leaveOut(t); left || err != nil {
+			return err
+		}
 	}
 	for _, i := range [...]int{t.id, t.topic, t.key, t.payload, t.headers} {
 		if i == absent || m.row[i].kind == text || m.row[i].kind == null {
@@ -230,15 +260,44 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 	return t.buffer.append(batch, &row, t.contentType, event.Streamed)
 }
 
-// checkThrough compares the row at SkipThrough with the event that the destination holds there.
-func (d *Decoder) checkThrough(t *table) error {
-	if t.buffer == nil {
-		return fmt.Errorf("%w: at %s there is a row of %s, and the destination holds event %q", ErrPositions, d.position, t.name, d.throughID)
+// leaveOut reports whether the destination holds the event of the row at hand already. It compares what comes by with what the
+// destination is known to hold.
+func (d *Decoder) leaveOut(t *table) (bool, error) {
+	through := d.position.Compare(d.skip.Through)
+	if d.position.Compare(d.skip.Since) > 0 && through <= 0 {
+		d.counted++
 	}
-	if id := d.insert.column(t.id); t.id != absent && string(id) != d.throughID {
-		return fmt.Errorf("%w: at %s there is event %q, and the destination holds event %q", ErrPositions, d.position, id, d.throughID)
+	if through == 0 {
+		d.seen = true
+		if id := d.insert.column(t.id); d.skip.ID != "" && t.id != absent && string(id) != d.skip.ID {
+			return false, d.positionsChanged(fmt.Sprintf("event %q", id))
+		}
 	}
-	return nil
+	if through >= 0 && !d.passed {
+		d.passed = true
+		switch {
+		case d.skip.Comes && !d.seen:
+			return false, fmt.Errorf("%w: the slot has no event at %s, where the destination holds event %q", ErrPositions, d.skip.Through, d.skip.ID)
+		case d.skip.Counted && d.counted != d.skip.Count:
+			return false, fmt.Errorf("%w: between %s and %s the slot has %d events, and the destination holds %d", ErrCount, d.skip.Since,
+				d.skip.Through, d.counted, d.skip.Count)
+		}
+	}
+	switch {
+	case through <= 0:
+	case d.more < d.skip.More:
+		d.more++
+		d.last = d.position
+	default:
+		return false, nil
+	}
+	d.skipped.Delivered++
+	return true, nil
+}
+
+// positionsChanged is the error about what comes by at the position of the destination's last event.
+func (d *Decoder) positionsChanged(what string) error {
+	return fmt.Errorf("%w: at %s there is %s, and the destination holds event %q", ErrPositions, d.position, what, d.skip.ID)
 }
 
 // column returns the text of a column, nil when it is NULL or absent.

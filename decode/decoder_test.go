@@ -33,7 +33,7 @@ func show(e *event.Event) shown {
 }
 
 func TestCaptureGivesItsEvents(t *testing.T) {
-	d, batch := New(Config{Epoch: 7}), event.NewBatch()
+	d, batch := New(Config{Epochs: epoch(7)}), event.NewBatch()
 	var commits []event.LSN // of each event, by the Begin before it
 	var begin beginMessage
 	for _, msg := range capture(t) {
@@ -111,6 +111,8 @@ func TestCaptureGivesItsEvents(t *testing.T) {
 	}
 }
 
+func epoch(n uint32) event.Epochs { return event.Epochs{{Number: n}} }
+
 func TestSkipThroughLeavesOutDeliveredEventsWhereverTheBatchIsCut(t *testing.T) {
 	msgs := capture(t)
 	decode := func(d *Decoder, batch *event.Batch) {
@@ -122,9 +124,9 @@ func TestSkipThroughLeavesOutDeliveredEventsWhereverTheBatchIsCut(t *testing.T) 
 		}
 	}
 	all := event.NewBatch()
-	decode(New(Config{Epoch: 1}), all)
+	decode(New(Config{Epochs: epoch(1)}), all)
 	for i := range all.Events {
-		d := New(Config{Epoch: 1, SkipThrough: all.Events[i].Position})
+		d := New(Config{Epochs: epoch(1), Skip: Skip{Through: all.Events[i].Position}})
 		rest := event.NewBatch()
 		decode(d, rest)
 		if skipped := d.Skipped().Delivered; skipped != uint64(i+1) {
@@ -139,7 +141,7 @@ func TestSkipThroughLeavesOutDeliveredEventsWhereverTheBatchIsCut(t *testing.T) 
 	}
 
 	var cut []event.Event
-	for d, i := New(Config{Epoch: 1}), 0; i < len(msgs); i++ {
+	for d, i := New(Config{Epochs: epoch(1)}), 0; i < len(msgs); i++ {
 		batch := event.NewBatch()
 		if err := d.Decode(msgs[i], batch); err != nil {
 			t.Fatal(err)
@@ -229,7 +231,7 @@ func TestOwnTable(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			test.buffer.Schema, test.buffer.Table = "ebb", "buffer"
-			d, batch := New(Config{Epoch: 3, Buffers: []Buffer{test.buffer}}), event.NewBatch()
+			d, batch := New(Config{Epochs: epoch(3), Buffers: []Buffer{test.buffer}}), event.NewBatch()
 			for _, msg := range [][]byte{begin(16), announce(70000, "", "json"), test.relation, test.row, commit(16)} {
 				if err := d.Decode(msg, batch); err != nil {
 					t.Fatal(err)
@@ -297,7 +299,7 @@ func TestErrors(t *testing.T) {
 		{ErrRow, `ebb.buffer: row with id "9" at 1:0/10:1: column "headers": want a JSON object`, nil, msgs{begin(16), managed, insert(1, "t9", "tt", "n", "t1", "t[]")}},
 		{ErrRow, `column "headers": want a JSON object`, nil, msgs{begin(16), managed, insert(1, "t9", "tt", "n", "t1", "t{")}},
 	} {
-		d, batch := New(Config{Epoch: 1, Buffers: test.buffers}), event.NewBatch()
+		d, batch := New(Config{Epochs: epoch(1), Buffers: test.buffers}), event.NewBatch()
 		last := len(test.msgs) - 1
 		for _, msg := range test.msgs[:last] {
 			if err := d.Decode(msg, batch); err != nil {
@@ -333,7 +335,7 @@ func TestResetForgetsTheConnection(t *testing.T) {
 }
 
 func TestRecoveredRowGivesTheEventOfTheSlot(t *testing.T) {
-	d, streamed, recovered := New(Config{Epoch: 1}), event.NewBatch(), event.NewBatch()
+	d, streamed, recovered := New(Config{Epochs: epoch(1)}), event.NewBatch(), event.NewBatch()
 	for _, msg := range [][]byte{begin(16), managed, insert(1, "t7", "tt", "t", "t[1]", `t{"a":"b","n":1}`)} {
 		if err := d.Decode(msg, streamed); err != nil {
 			t.Fatal(err)
@@ -370,7 +372,7 @@ func TestRecoveredRowGivesTheEventOfTheSlot(t *testing.T) {
 // warm returns a decoder and a transaction of one insert with a payload of 250 bytes, for which the decoder and the batch have
 // memory.
 func warm(tb testing.TB, headers string) (*Decoder, *event.Batch, [][]byte) {
-	d, batch := New(Config{Epoch: 1}), event.NewBatch()
+	d, batch := New(Config{Epochs: epoch(1)}), event.NewBatch()
 	payload := `t"` + strings.Repeat("x", 248) + `"`
 	tx := [][]byte{begin(16), insert(1, "t123456", "tmember.added", "tgroup-1", payload, headers), commit(16)}
 	for _, msg := range append([][]byte{managed}, tx...) {

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -15,10 +16,14 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"ebb/event"
+	"ebb/internal/session"
 )
 
 // Plugin is the output plugin of every slot that ebb makes.
 const Plugin = "pgoutput"
+
+// failoverSince is the first major version that can synchronize logical slots to standbys.
+const failoverSince = 17
 
 // closeTimeout bounds a polite goodbye; a server that does not answer by then is left to notice by itself.
 const closeTimeout = 2 * time.Second
@@ -44,11 +49,7 @@ func Connect(ctx context.Context, url, name string) (*Conn, error) {
 		return nil, fmt.Errorf("postgres: %w", err)
 	}
 	cfg.RuntimeParams["replication"] = "database"
-	cfg.RuntimeParams["application_name"] = name
-	// Without it, text comes in the database's own encoding.
-	cfg.RuntimeParams["client_encoding"] = "UTF8"
-	// ebb must never wait for the synchronous standby that it may itself be.
-	cfg.RuntimeParams["synchronous_commit"] = "local"
+	session.Configure(cfg, name)
 	pg, err := pgconn.ConnectConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open the replication connection: %w", withHint(err))
@@ -78,6 +79,64 @@ func (c *Conn) Identify(ctx context.Context) (System, error) {
 	return System{ID: sys.SystemID, Timeline: sys.Timeline, Database: sys.DBName}, nil
 }
 
+// SharesServer reports whether the connection is to the server on which a session with that process id holds an advisory lock. A list of
+// hosts may lead two connections to two servers that both take themselves for the primary.
+func (c *Conn) SharesServer(ctx context.Context, pid uint32) (bool, error) {
+	held, err := c.exec(ctx, fmt.Sprintf("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND pid = %d", pid))
+	if err != nil {
+		return false, fmt.Errorf("compare the servers of two connections: %w", err)
+	}
+	return held != "0", nil
+}
+
+// Switch is the end of a timeline in a server's history: everything before LSN is in the timelines after it as well.
+type Switch struct {
+	Timeline int32
+	LSN      event.LSN
+}
+
+// History returns where the timelines before one ended, in order. The first one has no history.
+// Source: https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-TIMELINE-HISTORY
+func (c *Conn) History(ctx context.Context, timeline int32) ([]Switch, error) {
+	if timeline == 1 {
+		return nil, nil
+	}
+	h, err := pglogrepl.TimelineHistory(ctx, c.pg, timeline)
+	if err != nil {
+		return nil, fmt.Errorf("read the history of timeline %d: %w", timeline, err)
+	}
+	switches, err := parseHistory(string(h.Content))
+	if err != nil {
+		return nil, fmt.Errorf("read the history of timeline %d: %w", timeline, err)
+	}
+	return switches, nil
+}
+
+// parseHistory reads a timeline history file: a line for each earlier timeline, with its number and the LSN at which it was left.
+func parseHistory(content string) ([]Switch, error) {
+	var switches []Switch
+	for line := range strings.Lines(content) {
+		line, _, _ = strings.Cut(line, "#")
+		fields := strings.Fields(line)
+		if len(fields) == 0 {
+			continue
+		}
+		if len(fields) < 2 {
+			return nil, fmt.Errorf("line %q: want a timeline and an LSN", line)
+		}
+		timeline, err := strconv.ParseInt(fields[0], 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("line %q: %w", line, err)
+		}
+		lsn, err := event.ParseLSN(fields[1])
+		if err != nil {
+			return nil, fmt.Errorf("line %q: %w", line, err)
+		}
+		switches = append(switches, Switch{Timeline: int32(timeline), LSN: lsn})
+	}
+	return switches, nil
+}
+
 // NewSlot is what is known at the moment in which a slot is created.
 type NewSlot struct {
 	// Snapshot, in the text form of type pg_snapshot, sees exactly the transactions that the slot will not stream.
@@ -90,14 +149,27 @@ type NewSlot struct {
 //
 // The server waits for every transaction that is writing now to end; ctx bounds that.
 func (c *Conn) CreateSlot(ctx context.Context, name string) (_ NewSlot, err error) {
+	create := pglogrepl.CreateReplicationSlotOptions{SnapshotAction: "USE_SNAPSHOT", Mode: pglogrepl.LogicalReplication}
+	version, err := c.exec(ctx, "SELECT current_setting('server_version_num')::int / 10000")
+	if err != nil {
+		return NewSlot{}, fmt.Errorf("create slot %q: read the server's version: %w", name, err)
+	}
+	major, err := strconv.Atoi(version)
+	if err != nil {
+		return NewSlot{}, fmt.Errorf("create slot %q: read the server's version: %w", name, err)
+	}
 	// Newer minor releases want the transaction to be read-only, so that nothing can be recorded in it.
 	if _, err := c.exec(ctx, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"); err != nil {
 		return NewSlot{}, fmt.Errorf("create slot %q: %w", name, err)
 	}
-	res, err := pglogrepl.CreateReplicationSlot(ctx, c.pg, quoteIdent(name), Plugin, pglogrepl.CreateReplicationSlotOptions{
-		SnapshotAction: "USE_SNAPSHOT",
-		Mode:           pglogrepl.LogicalReplication,
-	})
+	var res pglogrepl.CreateReplicationSlotResult
+	if major >= failoverSince {
+		// A standby that synchronizes slots (sync_replication_slots) then has it when it is promoted.
+		res, err = pglogrepl.ParseCreateReplicationSlot(c.pg.Exec(ctx, fmt.Sprintf("CREATE_REPLICATION_SLOT %s LOGICAL %s (SNAPSHOT 'use', FAILOVER true)",
+			quoteIdent(name), Plugin)))
+	} else {
+		res, err = pglogrepl.CreateReplicationSlot(ctx, c.pg, quoteIdent(name), Plugin, create)
+	}
 	if err != nil {
 		return NewSlot{}, fmt.Errorf("create slot %q: %w", name, withHint(err))
 	}

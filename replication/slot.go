@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
 	"ebb/event"
+	"ebb/internal/sleep"
 )
 
 var (
@@ -31,7 +33,11 @@ type Slot struct {
 	// ActiveName is the application_name of that walsender, where the role that asks may see it.
 	ActiveName string
 	// WALStatus is reserved, extended, unreserved or lost.
-	WALStatus      string
+	WALStatus string
+	// Invalidated is why the server has given the slot up, or "". Before Postgres 17 it does not tell; WALStatus does.
+	Invalidated string
+	// Synced says that the server, when it was a standby, has copied the slot from its primary.
+	Synced         bool
 	ConfirmedFlush event.LSN
 	Restart        event.LSN
 	// Current is how far the server has written its log at the moment of asking.
@@ -44,20 +50,30 @@ func (s Slot) LagBytes() int64 { return max(0, int64(s.Current)-int64(s.Confirme
 // RetainedBytes is how much log the server keeps because of the slot.
 func (s Slot) RetainedBytes() int64 { return max(0, int64(s.Current)-int64(s.Restart)) }
 
-// Lost reports whether the server has removed log that the slot needs, so that it can never be read again.
-func (s Slot) Lost() bool { return s.WALStatus == "lost" }
+// Lost reports whether the server has given the slot up, for one because it has removed log that the slot needs, so that it can never
+// be read again.
+func (s Slot) Lost() bool { return s.WALStatus == "lost" || s.Invalidated != "" }
 
-// Usable returns ErrForeignSlot unless the slot is one that a bridge of the given database can have made.
-func (s Slot) Usable(database string) error {
+// Ours returns ErrForeignSlot if the slot is one that a bridge of the given database must leave alone, whatever its own records say.
+func (s Slot) Ours(database string) error {
 	switch {
 	case s.Plugin == "":
 		return fmt.Errorf("%w: slot %q is a physical one: choose another name for the slot setting", ErrForeignSlot, s.Name)
-	case s.Plugin != Plugin:
-		return fmt.Errorf("%w: slot %q has output plugin %s and not %s: choose another name for the slot setting", ErrForeignSlot, s.Name,
-			s.Plugin, Plugin)
 	case s.Database != database:
 		return fmt.Errorf("%w: slot %q belongs to database %q and not to %q: choose another name for the slot setting", ErrForeignSlot,
 			s.Name, s.Database, database)
+	}
+	return nil
+}
+
+// Usable returns ErrForeignSlot unless the slot is one that a bridge of the given database can have made.
+func (s Slot) Usable(database string) error {
+	if err := s.Ours(database); err != nil {
+		return err
+	}
+	if s.Plugin != Plugin {
+		return fmt.Errorf("%w: slot %q has output plugin %s and not %s: choose another name for the slot setting", ErrForeignSlot, s.Name,
+			s.Plugin, Plugin)
 	}
 	return nil
 }
@@ -82,10 +98,12 @@ func InspectSlot(ctx context.Context, db *pgx.Conn, name string) (Slot, error) {
 	err := db.QueryRow(ctx, `
 		SELECT coalesce(s.plugin, ''), coalesce(s.database, ''), s.active, coalesce(s.active_pid, 0), coalesce(a.application_name, ''),
 		       coalesce(s.wal_status, ''), coalesce(s.confirmed_flush_lsn, '0/0')::text, coalesce(s.restart_lsn, '0/0')::text,
-		       (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END)::text
+		       (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END)::text,
+		       coalesce(to_jsonb(s)->>'invalidation_reason', ''), coalesce((to_jsonb(s)->>'synced')::boolean, false)
 		FROM pg_replication_slots s LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid
 		WHERE s.slot_name = $1`, name).
-		Scan(&s.Plugin, &s.Database, &s.Active, &s.ActivePID, &s.ActiveName, &s.WALStatus, &confirmed, &restart, &current)
+		Scan(&s.Plugin, &s.Database, &s.Active, &s.ActivePID, &s.ActiveName, &s.WALStatus, &confirmed, &restart, &current,
+			&s.Invalidated, &s.Synced)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return Slot{}, fmt.Errorf("slot %q: %w", name, ErrNoSlot)
 	}
@@ -124,6 +142,38 @@ func Waiters(ctx context.Context, db *pgx.Conn) ([]string, error) {
 		return nil, fmt.Errorf("list the transactions in the way: %w", err)
 	}
 	return lines, nil
+}
+
+// FlushedTo returns how far the server's log is on its disk. A walsender sends nothing from behind that.
+func FlushedTo(ctx context.Context, db *pgx.Conn) (event.LSN, error) {
+	var text string
+	if err := db.QueryRow(ctx, "SELECT pg_current_wal_flush_lsn()::text").Scan(&text); err != nil {
+		return 0, fmt.Errorf("read the end of the log: %w", err)
+	}
+	lsn, err := event.ParseLSN(text)
+	if err != nil {
+		return 0, fmt.Errorf("read the end of the log: %w", err)
+	}
+	return lsn, nil
+}
+
+// EndWalsender ends the walsender that still streams from a slot for a bridge that has lost the lead, and waits until the slot is free.
+func EndWalsender(ctx context.Context, db *pgx.Conn, name string, pid int32) error {
+	if _, err := db.Exec(ctx, "SELECT pg_terminate_backend($1)", pid); err != nil {
+		return fmt.Errorf("end walsender %d, which has slot %q: %w", pid, name, withHint(err))
+	}
+	for {
+		s, err := InspectSlot(ctx, db, name)
+		if err != nil && !errors.Is(err, ErrNoSlot) {
+			return err
+		}
+		if !s.Active || s.ActivePID != pid {
+			return nil
+		}
+		if err := sleep.For(ctx, 10*time.Millisecond); err != nil {
+			return fmt.Errorf("wait for walsender %d to leave slot %q: %w", pid, name, err)
+		}
+	}
 }
 
 // DropSlot drops a slot of the database that db is connected to. On a replication connection use [Conn.DropSlot].

@@ -26,6 +26,9 @@ const (
 	coalesceDelay = time.Millisecond
 	// maxStatusInterval is how often a status is sent to a server that would wait longer (wal_receiver_status_interval).
 	maxStatusInterval = 10 * time.Second
+	// maxTimeout is how long the server waits, at most, for a sign of life (wal_sender_timeout), and minSilence how long the server is
+	// waited for, at least.
+	maxTimeout, minSilence = 20 * time.Second, 20 * time.Second
 	// minStatusInterval keeps a busy stream from writing a status for every delivered batch.
 	minStatusInterval = time.Millisecond
 	// writeTimeout is how long a server that has stopped reading is waited for.
@@ -72,13 +75,9 @@ type Stream struct {
 // Start starts streaming from the slot's confirmed flush, which ebb alone moves. The connection belongs to the stream
 // from then on, also when Start fails.
 func (c *Conn) Start(ctx context.Context, slot, publication string, confirmed event.LSN) (*Stream, error) {
-	text, err := c.exec(ctx, "SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")
+	timeout, err := c.limitTimeout(ctx)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("read wal_sender_timeout: %w", err), c.Close())
-	}
-	ms, err := strconv.Atoi(text)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("read wal_sender_timeout: %w", err), c.Close())
+		return nil, errors.Join(err, c.Close())
 	}
 	// Hijack only takes what the connection has not buffered, so that it must come before START_REPLICATION.
 	hijacked, err := c.pg.Hijack()
@@ -87,14 +86,10 @@ func (c *Conn) Start(ctx context.Context, slot, publication string, confirmed ev
 	}
 	s := &Stream{
 		conn:     hijacked.Conn,
-		interval: maxStatusInterval,
-		silence:  5 * time.Minute,
+		interval: min(timeout/4, maxStatusInterval),
+		silence:  max(2*timeout, minSilence),
 		buf:      make([]byte, gulpSize),
 		wake:     make(chan struct{}, 1),
-	}
-	if timeout := time.Duration(ms) * time.Millisecond; timeout > 0 {
-		s.interval = min(timeout/4, maxStatusInterval)
-		s.silence = max(2*timeout, 30*time.Second)
 	}
 	s.write.Store(uint64(confirmed))
 	s.flush.Store(uint64(confirmed))
@@ -102,6 +97,26 @@ func (c *Conn) Start(ctx context.Context, slot, publication string, confirmed ev
 		return nil, errors.Join(fmt.Errorf("start replication on slot %q: %w", slot, withHint(err)), s.conn.Close())
 	}
 	return s, nil
+}
+
+// limitTimeout has the server end the stream of a bridge that does not answer, and returns after how long.
+func (c *Conn) limitTimeout(ctx context.Context) (time.Duration, error) {
+	text, err := c.exec(ctx, "SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")
+	if err != nil {
+		return 0, fmt.Errorf("read wal_sender_timeout: %w", err)
+	}
+	ms, err := strconv.Atoi(text)
+	if err != nil {
+		return 0, fmt.Errorf("read wal_sender_timeout: %w", err)
+	}
+	timeout := time.Duration(ms) * time.Millisecond
+	if timeout > 0 && timeout <= maxTimeout {
+		return timeout, nil
+	}
+	if _, err := c.exec(ctx, fmt.Sprintf("SET wal_sender_timeout = %d", maxTimeout.Milliseconds())); err != nil {
+		return 0, fmt.Errorf("set wal_sender_timeout: %w", err)
+	}
+	return maxTimeout, nil
 }
 
 func (s *Stream) start(ctx context.Context, slot, publication string) error {

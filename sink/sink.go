@@ -3,6 +3,7 @@ package sink
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"ebb/event"
@@ -14,9 +15,10 @@ import (
 // followed by a Resume. Both wait, with backoff and a log line, for a destination that is not there yet or went away, and
 // return an error only for what waiting cannot mend.
 type Sink interface {
-	// Resume returns the last event that the destination holds, or the zero Tail when it holds none. The events up to it
-	// will not be handed to Run. A destination that cannot be asked answers with the later one of what is known and what
-	// this process last delivered to it.
+	// Resume returns what the end of the destination holds. It judges nothing: whether that fits what is known is the bridge's to
+	// decide. The events up to it will not be handed to Run. A destination that cannot be asked answers with the later one of
+	// what is known and what this process last delivered to it. One that is missing is made, if it is ebb's to make and nothing was
+	// known to be in it.
 	Resume(ctx context.Context, known Known) (Tail, error)
 
 	// Run delivers the batches from in, in order. It calls delivered as soon as the destination has said so, from
@@ -31,25 +33,49 @@ type Sink interface {
 	Close() error
 }
 
-// Known is what the database knows of the destination, and who it is that delivers.
-type Known struct {
-	// SystemIdentifier, Database and Slot name the source whose positions the destination is given.
+// Source names whose events a destination holds.
+type Source struct {
+	// SystemIdentifier, Database and Slot name the log that positions are about.
 	SystemIdentifier, Database, Slot string
 	// Buffer tells the buffer table from another one of the same name, which was torn down and whose ids began at 1 as well.
 	Buffer string
+}
+
+// String returns what an operator needs to tell sources apart, for messages and for comparing.
+func (s Source) String() string {
+	return fmt.Sprintf("cluster %s, database %s, slot %s, buffer %s", s.SystemIdentifier, s.Database, s.Slot, s.Buffer)
+}
+
+// Known is what the database knows of the destination.
+type Known struct {
+	// Source is recorded in a destination that is made.
+	Source Source
 	// Position and Sequence are those of the newest event that was recorded as delivered. They may be zero.
 	Position event.Position
 	Sequence uint64
+	// Audit asks that every message behind Sequence be looked at.
+	Audit bool
 }
 
-// Tail is the last event that a destination holds.
+// Tail is the end of what a destination holds. Of a destination that does not number what it stores, Position alone is set.
 type Tail struct {
+	// Position, Sequence and ID are those of the last message that came from a bridge and is still there. ID is "" when that message is
+	// a recovered event, whose position is another's.
 	Position event.Position
-	// Sequence is where the destination stores it, or 0 if it does not number what it stores.
 	Sequence uint64
-	// ID is that of the event at Position, or "" if the destination does not tell, or ends with a recovered event, whose position is
-	// another's.
-	ID string
+	ID       string
+	// Last is the sequence number of the last message that was ever stored, from whomever.
+	Last uint64
+	// Exclusive says that nobody else is to store messages there, so that sequence numbers count events.
+	Exclusive bool
+	// Removed is how many messages behind Sequence, and behind what is known, are there no more. In an exclusive destination they were
+	// the bridge's.
+	Removed uint64
+	// Foreign is how many messages of others were found behind what is known and before Sequence. They are looked for when Audit asks for
+	// it, or when the last message is one.
+	Foreign uint64
+	// Source is what the destination was made for; zero if nobody has recorded that.
+	Source Source
 }
 
 // Delivered is told what has been delivered since it was last called.
@@ -65,13 +91,27 @@ type Progress struct {
 	Sequence uint64
 }
 
-// IDScanner is a sink that remembers, and can say which events it holds, so that a recovery from the buffer table delivers none of
+// Scanner is a sink that remembers, and can say which events it holds, so that a recovery from the buffer table delivers none of
 // them twice. Such a sink may also forget, as a broker does whose disk lost what it had acknowledged.
-type IDScanner interface {
-	// ScanIDs calls fn with the id of every event that the destination holds behind sequence number after. The
-	// slice is valid during the call.
-	ScanIDs(ctx context.Context, after uint64, fn func(id []byte)) error
+type Scanner interface {
+	// Scan calls fn with every event that the destination holds behind sequence number after, in order. What fn is given is valid during
+	// the call. An error of fn ends the scan.
+	Scan(ctx context.Context, after uint64, fn func(Stored) error) error
 }
+
+// Stored is an event that a destination holds.
+type Stored struct {
+	Sequence uint64
+	Position event.Position
+	// Origin is that of the event.
+	Origin  event.Origin
+	ID      []byte
+	Payload []byte
+}
+
+// ErrForgot is wrapped by the error with which a Run ends when the destination no longer holds what it had acknowledged. Resume says how
+// much is left.
+var ErrForgot = errors.New("the destination has forgotten what it acknowledged")
 
 // RejectedError says that a sink can never deliver an event.
 type RejectedError struct {

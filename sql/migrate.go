@@ -18,6 +18,12 @@ import (
 //go:embed migrations/*.sql
 var migrations embed.FS
 
+// views holds the statements that make the views. They are no migration, because they are run again when a view is gone, as when a
+// column of the buffer was dropped with CASCADE.
+//
+//go:embed views.sql
+var views string
+
 // ErrNoSchema says that ebb's schema is missing or older than this program.
 var ErrNoSchema = errors.New("the schema is not set up")
 
@@ -68,6 +74,11 @@ func Apply(ctx context.Context, db *pgx.Conn, s Setup) ([]string, error) {
 			}
 			done = append(done, "applied migration "+m.name)
 		}
+		if line, err := applyViews(ctx, tx, len(done) > 0); err != nil {
+			return err
+		} else if line != "" {
+			done = append(done, line)
+		}
 		changed, err := applyBucketDefault(ctx, tx, s.Keep)
 		if err != nil {
 			return err
@@ -98,6 +109,7 @@ func Script(s Setup, serverVersion int) (string, error) {
 	for _, m := range all {
 		fmt.Fprintf(&b, "\n-- migration %s\n%s\n%s;\n", m.name, strings.TrimSpace(m.sql), insertVersion(m))
 	}
+	fmt.Fprintf(&b, "\n-- views\n%s\n", strings.TrimSpace(views))
 	fmt.Fprintf(&b, "\n%s;\n\n%s;\n\nCOMMIT;\n", bucketDefault(s.Keep), createPublication(s.Publication, serverVersion))
 	return b.String(), nil
 }
@@ -214,6 +226,28 @@ func bucketWidth(keep time.Duration) int64 { return max(1, int64(keep.Seconds())
 func bucketDefault(keep time.Duration) string {
 	return fmt.Sprintf("ALTER TABLE ebb.buffer ALTER COLUMN bucket SET DEFAULT "+
 		"(extract(epoch FROM clock_timestamp())::bigint / %d %% %d)::smallint", bucketWidth(keep), 2*ringKept)
+}
+
+// applyViews makes the views when the schema has changed, or when one of them is gone, of which it returns a line.
+func applyViews(ctx context.Context, tx pgx.Tx, changed bool) (string, error) {
+	var have int
+	if err := tx.QueryRow(ctx, `SELECT count(*) FROM pg_class WHERE oid IN (to_regclass('ebb.events'), to_regclass('ebb.backlog'),
+		to_regclass('ebb.status')) AND relkind = 'v'`).Scan(&have); err != nil {
+		return "", fmt.Errorf("look for the views: %w", err)
+	}
+	if have == 3 && !changed {
+		return "", nil
+	}
+	if err := checkColumns(ctx, tx); err != nil {
+		return "", err
+	}
+	if _, err := tx.Exec(ctx, views, pgx.QueryExecModeSimpleProtocol); err != nil {
+		return "", fmt.Errorf("make the views: %w", err)
+	}
+	if changed {
+		return "", nil
+	}
+	return "made the views anew", nil
 }
 
 // applyBucketDefault reports whether it had to change the default, which locks the buffer against producers for a moment.

@@ -39,11 +39,11 @@ func applyPublication(ctx context.Context, tx pgx.Tx, name string) (string, erro
 	if err != nil {
 		return "", err
 	}
-	finding, exists, err := inspectPublication(ctx, tx, name)
+	p, err := ReadPublication(ctx, tx, name)
 	if err != nil {
 		return "", err
 	}
-	if !exists {
+	if !p.Exists {
 		if _, err := tx.Exec(ctx, createPublication(name, v)); err != nil {
 			return "", fmt.Errorf("create publication %q: %w", name, err)
 		}
@@ -52,6 +52,7 @@ func applyPublication(ctx context.Context, tx pgx.Tx, name string) (string, erro
 		}
 		return "created publication " + name, nil
 	}
+	finding := p.finding()
 	if finding == "" {
 		return "", nil
 	}
@@ -65,6 +66,9 @@ func applyPublication(ctx context.Context, tx pgx.Tx, name string) (string, erro
 		return "", fmt.Errorf("publication %q: %w: it publishes %s; choose another name for the publication setting", name, ErrPublication,
 			strings.Join(foreign, ", "))
 	}
+	if err := checkColumns(ctx, tx); err != nil {
+		return "", fmt.Errorf("mend publication %q: %w", name, err)
+	}
 	for _, st := range []string{
 		fmt.Sprintf("ALTER PUBLICATION %s SET (publish = 'insert', publish_via_partition_root = true)", quoteIdent(name)),
 		fmt.Sprintf("ALTER PUBLICATION %s SET TABLE %s", quoteIdent(name), publishedBuffer(v)),
@@ -77,66 +81,94 @@ func applyPublication(ctx context.Context, tx pgx.Tx, name string) (string, erro
 	return fmt.Sprintf("mended publication %s (%s)", name, finding), nil
 }
 
-// CheckPublication returns ErrPublication, with what is wrong and what to do, unless the publication publishes all inserts
-// into the buffer.
-func CheckPublication(ctx context.Context, db querier, name string) error {
-	finding, exists, err := inspectPublication(ctx, db, name)
-	switch {
-	case err != nil:
-		return err
-	case !exists:
-		return fmt.Errorf("publication %q: %w: it does not exist; run ebb setup", name, ErrPublication)
-	case finding != "":
-		return fmt.Errorf("publication %q: %w: %s; run ebb setup", name, ErrPublication, finding)
+// checkColumns says which columns of the buffer somebody has dropped.
+func checkColumns(ctx context.Context, tx pgx.Tx) error {
+	var missing []string
+	if err := tx.QueryRow(ctx, `SELECT ARRAY(SELECT c FROM unnest($1::text[]) c
+		WHERE NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'ebb.buffer'::regclass AND attname = c AND NOT attisdropped))`,
+		bufferColumns).Scan(&missing); err != nil {
+		return fmt.Errorf("look at the columns of ebb.buffer: %w", err)
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("%w: table ebb.buffer has no column %s: ALTER TABLE ebb.buffer ADD COLUMN …, of the type that ebb setup --print shows",
+			ErrPublication, strings.Join(missing, ", "))
 	}
 	return nil
 }
 
-// inspectPublication says what keeps the publication from publishing every insert into the buffer, or "".
-func inspectPublication(ctx context.Context, db querier, name string) (finding string, exists bool, err error) {
-	v, err := serverVersion(ctx, db)
+// Publication is what the server says of a publication.
+type Publication struct {
+	name string
+	// Mark changes with every change of the publication: of its options, and of the entry of the buffer in it.
+	Mark   string `json:"mark"`
+	Exists bool   `json:"exists"`
+	Insert bool   `json:"insert"`
+	// ViaRoot says that rows of partitions are published as the partitioned table's.
+	ViaRoot bool `json:"via_root"`
+	// Buffer is the row of pg_publication_tables, or nil. Before Postgres 15 it has no columns and no filter.
+	Buffer *struct {
+		Columns []string `json:"attnames"`
+		Filter  *string  `json:"rowfilter"`
+	} `json:"buffer"`
+}
+
+// publicationJSON is the Publication whose name is parameter $1, as an expression. The mark is made of the ids of the catalog's rows and
+// of the transactions that wrote them, which do not come again.
+const publicationJSON = `(SELECT jsonb_build_object('exists', p.oid IS NOT NULL, 'insert', p.pubinsert, 'via_root', p.pubviaroot,
+		'mark', concat_ws('/', p.oid, p.xmin, r.oid, r.xmin),
+		'buffer', (SELECT to_jsonb(t) FROM pg_publication_tables t WHERE t.pubname = p.pubname AND t.schemaname = 'ebb' AND t.tablename = 'buffer'))
+	FROM (SELECT) one LEFT JOIN pg_publication p ON p.pubname = $1
+	LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = to_regclass('ebb.buffer'))`
+
+// ReadPublication returns what the server says of a publication, which may be that it does not exist.
+func ReadPublication(ctx context.Context, db querier, name string) (Publication, error) {
+	p := Publication{name: name}
+	if err := db.QueryRow(ctx, "SELECT "+publicationJSON, name).Scan(&p); err != nil {
+		return Publication{}, fmt.Errorf("inspect publication %q: %w", name, withHint(err))
+	}
+	return p, nil
+}
+
+// CheckPublication returns ErrPublication, with what is wrong and what to do, unless the publication publishes all inserts
+// into the buffer.
+func CheckPublication(ctx context.Context, db querier, name string) error {
+	p, err := ReadPublication(ctx, db, name)
 	if err != nil {
-		return "", false, err
+		return err
 	}
-	var insert, viaRoot bool
-	err = db.QueryRow(ctx, "SELECT pubinsert, pubviaroot FROM pg_publication WHERE pubname = $1", name).Scan(&insert, &viaRoot)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return "", false, nil
+	return p.Check()
+}
+
+// Check returns ErrPublication, with what is wrong and what to do, unless the publication publishes all inserts into the buffer.
+func (p *Publication) Check() error {
+	if finding := p.finding(); finding != "" {
+		return fmt.Errorf("publication %q: %w: %s; run ebb setup", p.name, ErrPublication, finding)
 	}
-	if err != nil {
-		return "", false, fmt.Errorf("inspect publication %q: %w", name, err)
+	return nil
+}
+
+// finding says what keeps the publication from publishing every insert into the buffer, or "".
+func (p *Publication) finding() string {
+	switch {
+	case !p.Exists:
+		return "it does not exist"
+	case !p.Insert:
+		return "it does not publish inserts"
+	case !p.ViaRoot:
+		return "it does not publish via the partition root"
+	case p.Buffer == nil:
+		return "it does not hold table ebb.buffer"
+	case p.Buffer.Filter != nil:
+		return "it has a row filter on ebb.buffer"
+	case p.Buffer.Columns == nil:
+		return "" // of a version that has no column lists
 	}
-	if !insert {
-		return "it does not publish inserts", true, nil
-	}
-	if !viaRoot {
-		return "it does not publish via the partition root", true, nil
-	}
-	details := "NULL::name[], NULL::text"
-	if v >= columnListsSince {
-		details = "attnames, rowfilter"
-	}
-	var columns []string
-	var filter *string
-	err = db.QueryRow(ctx, "SELECT "+details+" FROM pg_publication_tables WHERE pubname = $1 AND schemaname = 'ebb' AND tablename = 'buffer'",
-		name).Scan(&columns, &filter)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return "it does not hold table ebb.buffer", true, nil
-	}
-	if err != nil {
-		return "", false, fmt.Errorf("inspect publication %q: %w", name, err)
-	}
-	if filter != nil {
-		return "it has a row filter on ebb.buffer", true, nil
-	}
-	if v >= columnListsSince {
-		for _, c := range bufferColumns {
-			if !slices.Contains(columns, c) {
-				return fmt.Sprintf("it lacks column %q of ebb.buffer", c), true, nil
-			}
+	for _, c := range bufferColumns {
+		if !slices.Contains(p.Buffer.Columns, c) {
+			return fmt.Sprintf("it lacks column %q of ebb.buffer", c)
 		}
 	}
-	return "", true, nil
+	return ""
 }
 
 func serverVersion(ctx context.Context, db querier) (int, error) {

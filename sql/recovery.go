@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"ebb/event"
 )
 
 // Row is a row of the buffer that is read from the table. Nil means NULL.
@@ -42,21 +44,71 @@ func RowsToRecover(ctx context.Context, db *pgx.Conn, slot string, after int64, 
 	return out, nil
 }
 
-// Recovered stores that all rows to recover up to id are delivered, n of them since it was last called.
-func Recovered(ctx context.Context, db *pgx.Conn, slot string, id int64, n int) error {
-	_, err := db.Exec(ctx, "UPDATE ebb.slot SET recovered_id = $2, recovered_events = recovered_events + $3 WHERE name = $1", slot, id, n)
+// BeginRecovery stores where the rows from before the slot are being delivered, and the last sequence number there.
+func BeginRecovery(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, seq uint64) error {
+	return update(ctx, db, r, "store where the recovery delivers",
+		"UPDATE ebb.slot SET destination = $3, recovered_seq = $4 WHERE name = $1 AND term = $2", destination, int64(seq))
+}
+
+// Recovered stores that all rows to recover up to id are delivered, n of them since it was last called, the last one at sequence
+// number seq.
+func Recovered(ctx context.Context, db *pgx.Conn, r SlotRecord, id int64, n int, seq uint64) error {
+	return update(ctx, db, r, "store how far the recovery has come",
+		"UPDATE ebb.slot SET recovered_id = $3, recovered_events = recovered_events + $4, recovered_seq = $5 WHERE name = $1 AND term = $2",
+		id, n, int64(seq))
+}
+
+// RecoveryDone stores that all rows from before the slot are delivered, the last of them in or before a position. From here on it is the
+// slot alone that counts. The slot's snapshot makes a tick: whatever it sees has ended before the point from which the slot streams.
+func RecoveryDone(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, position event.Position, seq uint64) error {
+	return update(ctx, db, r, "store that the recovery is done", `WITH slot AS (
+			UPDATE ebb.slot SET recovered_at = clock_timestamp(), diverged = false WHERE name = $1 AND term = $2 AND snapshot IS NOT NULL RETURNING *)
+		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination)
+		SELECT s.consistent_point, s.snapshot, $3, $4, s.epoch, coalesce(t.events, 0) + s.recovered_events, s.name, s.system_identifier, $5
+		FROM slot s LEFT JOIN ebb.tick t ON t.id = s.recovered_after`, position.String(), int64(seq), destination)
+}
+
+// Reach says whether the buffer still holds every row that was not delivered when a tick was stored, or, with 0, every row that there
+// ever was. Rows that were removed are those of transactions that had ended before some moment.
+func Reach(ctx context.Context, db *pgx.Conn, r SlotRecord, tick int64) (bool, error) {
+	var ok bool
+	err := db.QueryRow(ctx, `SELECT NOT EXISTS (SELECT FROM ebb.removed WHERE system_identifier = $2
+		AND through > coalesce((SELECT pg_snapshot_xmin(snapshot) FROM ebb.tick WHERE id = $1), '0'))`, tick, r.SystemIdentifier).Scan(&ok)
 	if err != nil {
-		return fmt.Errorf("store how far the recovery has come: %w", withHint(err))
+		return false, fmt.Errorf("find out which rows were removed from the buffer: %w", withHint(err))
+	}
+	return ok, nil
+}
+
+// RowsBetween calls fn with the id of every row of a transaction that one snapshot, in the text form of type pg_snapshot, does not see and
+// a later one does.
+func RowsBetween(ctx context.Context, db *pgx.Conn, earlier, later string, fn func(id int64)) error {
+	rows, err := db.Query(ctx, `SELECT id FROM ebb.buffer WHERE pg_visible_in_snapshot(xid, $2::text::pg_snapshot)
+		AND ($1 = '' OR NOT pg_visible_in_snapshot(xid, nullif($1, '')::pg_snapshot))`, earlier, later)
+	if err != nil {
+		return fmt.Errorf("look for rows that are not recorded: %w", withHint(err))
+	}
+	var id int64
+	if _, err := pgx.ForEachRow(rows, []any{&id}, func() error {
+		fn(id)
+		return nil
+	}); err != nil {
+		return fmt.Errorf("look for rows that are not recorded: %w", withHint(err))
 	}
 	return nil
 }
 
-// RecoveryDone stores that all rows from before the slot are delivered, from where on it is the slot alone that counts.
-func RecoveryDone(ctx context.Context, db *pgx.Conn, slot string) error {
-	if _, err := db.Exec(ctx, "UPDATE ebb.slot SET recovered_at = clock_timestamp() WHERE name = $1", slot); err != nil {
-		return fmt.Errorf("store that the recovery is done: %w", withHint(err))
+// MissingRows returns those of the ids that no row of the buffer has.
+func MissingRows(ctx context.Context, db *pgx.Conn, ids []int64) ([]int64, error) {
+	rows, err := db.Query(ctx, "SELECT i FROM unnest($1::bigint[]) i WHERE NOT EXISTS (SELECT FROM ebb.buffer WHERE id = i) ORDER BY i", ids)
+	if err != nil {
+		return nil, fmt.Errorf("look for the rows of events: %w", withHint(err))
 	}
-	return nil
+	missing, err := pgx.CollectRows(rows, pgx.RowTo[int64])
+	if err != nil {
+		return nil, fmt.Errorf("look for the rows of events: %w", withHint(err))
+	}
+	return missing, nil
 }
 
 // RecoveryFloor returns the sequence number in the stream behind which ids may stand that a recovery must not deliver again.

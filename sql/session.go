@@ -2,9 +2,23 @@ package sql
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"ebb/internal/session"
+)
+
+const (
+	// sessionTimeout is after how much idleness the server ends a session that holds the leader's lock, which asks it something far
+	// more often. So a leader that is frozen, or whose host has vanished, does not keep the lock.
+	sessionTimeout = 10 * time.Second
+	// pingEvery is how often the session that holds the lock shows that it is alive, and pingTimeout how long the answer may take.
+	pingEvery   = 2 * time.Second
+	pingTimeout = 8 * time.Second
 )
 
 // Connect opens an ordinary connection for the bridge's own statements.
@@ -13,10 +27,7 @@ func Connect(ctx context.Context, url, name string) (*pgx.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("postgres: %w", err)
 	}
-	cfg.RuntimeParams["application_name"] = name
-	cfg.RuntimeParams["client_encoding"] = "UTF8"
-	// ebb must never wait for the synchronous standby that it may itself be.
-	cfg.RuntimeParams["synchronous_commit"] = "local"
+	session.Configure(&cfg.Config, name)
 	db, err := pgx.ConnectConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("connect to Postgres: %w", err)
@@ -26,11 +37,41 @@ func Connect(ctx context.Context, url, name string) (*pgx.Conn, error) {
 
 // TryLead takes, without waiting, the lock of the bridge that leads on a slot. It is held until the session ends.
 func TryLead(ctx context.Context, db *pgx.Conn, slot string) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
+	defer cancel()
 	var ok bool
 	if err := db.QueryRow(ctx, "SELECT pg_try_advisory_lock("+leaderKey+")", slot).Scan(&ok); err != nil {
 		return false, fmt.Errorf("take the leader's lock: %w", err)
 	}
+	if ok {
+		// A session that has this set and is polled twice a second is never idle for so long; after this it is asked by Hold.
+		if _, err := db.Exec(ctx, fmt.Sprintf("SET idle_session_timeout = %d", sessionTimeout.Milliseconds())); err != nil {
+			return false, fmt.Errorf("take the leader's lock: %w", err)
+		}
+	}
 	return ok, nil
+}
+
+// Hold keeps the session that holds the leader's lock alive, until ctx ends or the session does, which is an error. It notices at once
+// when the server ends the session, as it does when it shuts down.
+func Hold(ctx context.Context, db *pgx.Conn) error {
+	for {
+		listening, cancel := context.WithTimeout(ctx, pingEvery)
+		_, err := db.WaitForNotification(listening)
+		cancel()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil && !errors.Is(err, context.DeadlineExceeded) && !pgconn.Timeout(err) || db.IsClosed() {
+			return fmt.Errorf("hold the leader's lock: %w", err)
+		}
+		asking, cancel := context.WithTimeout(ctx, pingTimeout)
+		_, err = db.Exec(asking, "SELECT 1")
+		cancel()
+		if err != nil {
+			return fmt.Errorf("hold the leader's lock: %w", err)
+		}
+	}
 }
 
 // HasLeader reports whether a bridge leads on a slot.

@@ -16,6 +16,8 @@ var (
 	ErrNoRecord = errors.New("there is no record of the slot")
 	// ErrNotMade says that a slot is to be made anew.
 	ErrNotMade = errors.New("the slot is to be made anew")
+	// ErrSuperseded says that another bridge has taken the lead, so that this one may record nothing any more.
+	ErrSuperseded = errors.New("another bridge has taken the lead")
 )
 
 // SlotRecord is what ebb knows of a slot that it made.
@@ -23,40 +25,73 @@ type SlotRecord struct {
 	Name             string
 	SystemIdentifier string
 	Timeline         int32
-	Epoch            uint32
+	// Epochs are never empty.
+	Epochs event.Epochs
 	// Buffer is the identity of the buffer.
 	Buffer string
+	// Term is that of the bridge that took the lead last. What a bridge records is refused when its term is over.
+	Term int64
+	// Publication is the mark of the publication as it was when the slot was made; see [Publication].
+	Publication string
+
+	// Made is false while the slot is being made: what there is of that name is another one.
+	Made bool
+	// MadeTimes is how often it was made, the last time at CreatedAt because of MadeBecause.
+	MadeTimes   int
+	MadeBecause string
+	CreatedAt   time.Time
+
+	// Done says that all rows from before the slot are delivered.
+	Done bool
 	// RecoveredAfter is the tick that had recorded some of the rows which the slot does not hold, or 0.
 	RecoveredAfter int64
 	// RecoveredID is the last row that is known to be recovered, or 0; of a finished recovery it says nothing.
 	RecoveredID int64
+	// RecoveredSeq is the last sequence number of the destination that is known to the recovery, or 0.
+	RecoveredSeq uint64
 	// Recovered is how many events the recovery has delivered.
 	Recovered int64
-	// Made is false while the slot is being made: what there is of that name is another one.
-	Made bool
-	// Done says that all rows from before the slot are delivered.
-	Done bool
-	// CreatedAt is when the slot was made.
-	CreatedAt time.Time
+	// Destination is where the recovery delivers, or "" before it began.
+	Destination string
+	// Diverged says that the destination may hold events of the same ids that this database never had.
+	Diverged bool
+	// Adopted names the source, other than this one, whose stream is gone on with, or "".
+	Adopted string
 }
 
 // remakeSlots says of every slot that it is to be made anew.
-const remakeSlots = "UPDATE ebb.slot SET snapshot = NULL, consistent_point = NULL, recovered_at = NULL"
+const remakeSlots = `UPDATE ebb.slot SET snapshot = NULL, consistent_point = NULL, recovered_at = NULL,
+	made_because = 'its publication was made or mended'`
 
-// PrepareSlot stores that a slot is about to be made. Until [RecordSlot], the record says that a slot of this name, if there is
-// one, must be made anew: a slot cannot be made in one transaction with its record, and whoever is killed in between must
-// not leave a slot that seems to be the recorded one.
+// PrepareSlot stores that a slot is about to be made, and why. Until [RecordSlot], the record says that a slot of this name, if
+// there is one, must be made anew: a slot cannot be made in one transaction with its record, and whoever is killed in between must
+// not leave a slot that seems to be the recorded one. It ends the term of whoever leads, and returns the record.
 //
-// The epoch rises when the record was of another cluster or timeline, where the same LSN is another place.
-func PrepareSlot(ctx context.Context, db *pgx.Conn, name, systemIdentifier string, timeline int32) error {
-	_, err := db.Exec(ctx, `INSERT INTO ebb.slot AS s (name, system_identifier, timeline, epoch) VALUES ($1, $2, $3, 1)
-		ON CONFLICT (name) DO UPDATE SET system_identifier = excluded.system_identifier, timeline = excluded.timeline,
-			epoch = s.epoch + ((s.system_identifier, s.timeline) <> (excluded.system_identifier, excluded.timeline))::int,
-			snapshot = NULL, consistent_point = NULL, recovered_at = NULL`, name, systemIdentifier, timeline)
+// The epoch rises when the record was of another cluster, where the same LSN is another place. A change of the timeline alone is
+// left to the bridge, which can tell what was delivered on the old one.
+func PrepareSlot(ctx context.Context, db *pgx.Conn, name, systemIdentifier string, timeline int32, publication, because string) (SlotRecord, error) {
+	err := pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
+		_, err := tx.Exec(ctx, `INSERT INTO ebb.slot AS s (name, system_identifier, timeline, epoch, publication, made, made_because, term)
+			VALUES ($1, $2, $3, 1, $4, 0, $5, 1)
+			ON CONFLICT (name) DO UPDATE SET
+				epoch = s.epoch + (s.system_identifier <> excluded.system_identifier)::int,
+				timeline = CASE WHEN s.system_identifier = excluded.system_identifier THEN s.timeline ELSE excluded.timeline END,
+				diverged = s.diverged OR s.system_identifier <> excluded.system_identifier,
+				system_identifier = excluded.system_identifier, publication = excluded.publication, made_because = excluded.made_because,
+				term = s.term + 1, snapshot = NULL, consistent_point = NULL, recovered_at = NULL`,
+			name, systemIdentifier, timeline, publication, because)
+		if err != nil {
+			return err
+		}
+		_, err = tx.Exec(ctx, `INSERT INTO ebb.epoch (slot, epoch, from_lsn, system_identifier, timeline, reason)
+			SELECT name, epoch, '0/0', system_identifier, timeline, CASE WHEN epoch = 1 THEN 'setup' ELSE 'another cluster' END
+			FROM ebb.slot WHERE name = $1 ON CONFLICT DO NOTHING`, name)
+		return err
+	})
 	if err != nil {
-		return fmt.Errorf("record that slot %q is being made: %w", name, withHint(err))
+		return SlotRecord{}, fmt.Errorf("record that slot %q is being made: %w", name, withHint(err))
 	}
-	return nil
+	return ReadSlot(ctx, db, name)
 }
 
 // OtherSlots returns the names of the slots that the buffer has beside one. Ticks of one slot say nothing of what another has
@@ -75,32 +110,113 @@ func OtherSlots(ctx context.Context, db *pgx.Conn, name string) ([]string, error
 
 // RecordSlot stores that a prepared slot was made. From here on, the rows that its snapshot sees and that the newest tick has
 // not recorded are to be delivered from the table.
-func RecordSlot(ctx context.Context, db *pgx.Conn, name, snapshot string, consistentPoint event.LSN) error {
-	tag, err := db.Exec(ctx, `UPDATE ebb.slot s SET snapshot = $2::text::pg_snapshot, consistent_point = $3::text::pg_lsn, created_at = clock_timestamp(),
-			recovered_id = NULL, recovered_events = 0,
+func RecordSlot(ctx context.Context, db *pgx.Conn, r SlotRecord, snapshot string, consistentPoint event.LSN) error {
+	return update(ctx, db, r, fmt.Sprintf("record slot %q", r.Name), `UPDATE ebb.slot s SET
+			snapshot = $3::text::pg_snapshot, consistent_point = $4::text::pg_lsn, created_at = clock_timestamp(), made = made + 1,
+			recovered_id = NULL, recovered_seq = NULL, recovered_events = 0, destination = NULL,
 			recovered_after = (SELECT max(id) FROM ebb.tick WHERE slot = s.name AND system_identifier = s.system_identifier)
-		WHERE name = $1`, name, snapshot, consistentPoint.String())
-	if err != nil {
-		return fmt.Errorf("record slot %q: %w", name, withHint(err))
+		WHERE name = $1 AND term = $2`, snapshot, consistentPoint.String())
+}
+
+// TakeTerm begins the term of a bridge that has taken the lead, and returns the record of its slot, or ErrNoRecord.
+func TakeTerm(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error) {
+	if _, err := db.Exec(ctx, "UPDATE ebb.slot SET term = term + 1 WHERE name = $1", name); err != nil {
+		return SlotRecord{}, fmt.Errorf("begin a term on slot %q: %w", name, withHint(err))
 	}
-	if tag.RowsAffected() != 1 {
-		return fmt.Errorf("record slot %q: %w", name, ErrNoRecord)
-	}
-	return nil
+	return ReadSlot(ctx, db, name)
 }
 
 // ReadSlot returns the record of a slot, or ErrNoRecord.
 func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error) {
 	r := SlotRecord{Name: name}
-	err := db.QueryRow(ctx, `SELECT (SELECT id::text FROM ebb.identity), system_identifier, timeline, epoch, coalesce(recovered_after, 0), coalesce(recovered_id, 0), recovered_events,
-			snapshot IS NOT NULL, recovered_at IS NOT NULL, created_at
-		FROM ebb.slot WHERE name = $1`, name).
-		Scan(&r.Buffer, &r.SystemIdentifier, &r.Timeline, &r.Epoch, &r.RecoveredAfter, &r.RecoveredID, &r.Recovered, &r.Made, &r.Done, &r.CreatedAt)
+	var seq int64
+	var numbers []int32
+	var from []string
+	err := db.QueryRow(ctx, `SELECT (SELECT id::text FROM ebb.identity), system_identifier, timeline, term, coalesce(publication, ''),
+			coalesce(recovered_after, 0), coalesce(recovered_id, 0), coalesce(recovered_seq, 0), recovered_events,
+			snapshot IS NOT NULL, recovered_at IS NOT NULL, made, coalesce(made_because, ''), created_at,
+			coalesce(destination, ''), diverged, coalesce(adopted, ''),
+			ARRAY(SELECT epoch FROM ebb.epoch WHERE slot = s.name ORDER BY epoch),
+			ARRAY(SELECT from_lsn::text FROM ebb.epoch WHERE slot = s.name ORDER BY epoch)
+		FROM ebb.slot s WHERE name = $1`, name).
+		Scan(&r.Buffer, &r.SystemIdentifier, &r.Timeline, &r.Term, &r.Publication, &r.RecoveredAfter, &r.RecoveredID, &seq, &r.Recovered,
+			&r.Made, &r.Done, &r.MadeTimes, &r.MadeBecause, &r.CreatedAt, &r.Destination, &r.Diverged, &r.Adopted, &numbers, &from)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return SlotRecord{}, fmt.Errorf("slot %q: %w", name, ErrNoRecord)
 	}
 	if err != nil {
 		return SlotRecord{}, fmt.Errorf("read the record of slot %q: %w", name, withHint(err))
 	}
+	r.RecoveredSeq = uint64(seq)
+	for i, n := range numbers {
+		lsn, err := event.ParseLSN(from[i])
+		if err != nil {
+			return SlotRecord{}, fmt.Errorf("read the epochs of slot %q: %w", name, err)
+		}
+		r.Epochs = append(r.Epochs, event.Epoch{Number: uint32(n), From: lsn})
+	}
+	if len(r.Epochs) == 0 {
+		return SlotRecord{}, fmt.Errorf("read the epochs of slot %q: there are none in ebb.epoch; run ebb setup", name)
+	}
 	return r, nil
+}
+
+// Raise is a new epoch, and what changes with it.
+type Raise struct {
+	Epoch            event.Epoch
+	SystemIdentifier string
+	Timeline         int32
+	Reason           string
+	// Remake says that the slot is to be made anew, Diverged that the destination may hold what this database never had.
+	Remake, Diverged bool
+	// Adopted is the source of the stream that is gone on with, if that is another one.
+	Adopted string
+}
+
+// RaiseEpoch stores a new epoch.
+func RaiseEpoch(ctx context.Context, db *pgx.Conn, r SlotRecord, to Raise) error {
+	return update(ctx, db, r, fmt.Sprintf("raise the epoch to %d", to.Epoch.Number), `WITH slot AS (
+			UPDATE ebb.slot SET epoch = $3, system_identifier = $4, timeline = $5, diverged = diverged OR $6,
+				adopted = coalesce(nullif($7, ''), adopted),
+				snapshot = CASE WHEN $8 THEN NULL ELSE snapshot END,
+				consistent_point = CASE WHEN $8 THEN NULL ELSE consistent_point END,
+				recovered_at = CASE WHEN $8 THEN NULL ELSE recovered_at END,
+				made_because = CASE WHEN $8 THEN $9 ELSE made_because END
+			WHERE name = $1 AND term = $2 RETURNING *)
+		INSERT INTO ebb.epoch (slot, epoch, from_lsn, system_identifier, timeline, reason)
+		SELECT name, epoch, $10::text::pg_lsn, system_identifier, timeline, $9 FROM slot`,
+		int32(to.Epoch.Number), to.SystemIdentifier, to.Timeline, to.Diverged, to.Adopted, to.Remake, to.Reason, to.Epoch.From.String())
+}
+
+// Rewind takes back the ticks behind one, 0 for all of them, because the destination has forgotten what they recorded. Unless the
+// slot still holds all of that, it is to be made anew; of one whose recovery is not done, the recovery begins anew.
+func Rewind(ctx context.Context, db *pgx.Conn, r SlotRecord, tick int64, slotHolds bool, because string) error {
+	return update(ctx, db, r, fmt.Sprintf("take back the ticks behind %d", tick), `WITH taken AS (
+			DELETE FROM ebb.tick t USING ebb.slot s WHERE s.name = $1 AND s.term = $2 AND t.slot = s.name AND t.id > $3)
+		UPDATE ebb.slot SET
+			snapshot = CASE WHEN $4 OR recovered_at IS NULL THEN snapshot END,
+			consistent_point = CASE WHEN $4 OR recovered_at IS NULL THEN consistent_point END,
+			recovered_at = CASE WHEN $4 THEN recovered_at END,
+			recovered_after = CASE WHEN recovered_at IS NULL THEN nullif($3, 0) ELSE recovered_after END,
+			recovered_id = NULL, recovered_seq = NULL,
+			made_because = CASE WHEN $4 OR recovered_at IS NULL THEN made_because ELSE $5 END
+		WHERE name = $1 AND term = $2`, tick, slotHolds, because)
+}
+
+// RemakeSlot stores that a slot is to be made anew.
+func RemakeSlot(ctx context.Context, db *pgx.Conn, r SlotRecord, because string) error {
+	return update(ctx, db, r, "have the slot made anew", `UPDATE ebb.slot SET snapshot = NULL, consistent_point = NULL, recovered_at = NULL,
+		made_because = $3 WHERE name = $1 AND term = $2`, because)
+}
+
+// update runs a statement about the slot in parameter 1, which applies in the term in parameter 2 alone.
+func update(ctx context.Context, db *pgx.Conn, r SlotRecord, step, statement string, args ...any) error {
+	tag, err := db.Exec(ctx, statement, append([]any{r.Name, r.Term}, args...)...)
+	if err != nil {
+		return fmt.Errorf("%s: %w", step, withHint(err))
+	}
+	if tag.RowsAffected() == 0 {
+		return fmt.Errorf("%s: %w", step, ErrSuperseded)
+	}
+	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"ebb/event"
 	"ebb/internal/pgtest"
 	"ebb/sql"
 )
@@ -34,7 +35,7 @@ func TestApplyIsIdempotentAndMends(t *testing.T) {
 	if err := sql.Check(t.Context(), conn); !errors.Is(err, sql.ErrNoSchema) || !strings.Contains(err.Error(), "run ebb setup") {
 		t.Fatalf("before setup: %v", err)
 	}
-	if done := apply(t, db, setup); len(done) != 2 {
+	if done := apply(t, db, setup); len(done) != 3 {
 		t.Fatalf("first setup did %q", done)
 	}
 	if err := sql.Check(t.Context(), conn); err != nil {
@@ -180,7 +181,7 @@ func TestDropRemovesEverything(t *testing.T) {
 	if n := pgtest.Value[int64](t, db, "SELECT count(*) FROM pg_namespace WHERE nspname = 'ebb'"); n != 0 {
 		t.Error("the schema is still there")
 	}
-	if done := apply(t, db, setup); len(done) != 2 {
+	if done := apply(t, db, setup); len(done) != 3 {
 		t.Errorf("setup after teardown did %q", done)
 	}
 }
@@ -198,7 +199,7 @@ func TestTickRecordsWhatItsSnapshotSees(t *testing.T) {
 	if _, err := tx.Exec(t.Context(), `SELECT ebb.put('open', '{}')`); err != nil {
 		t.Fatal(err)
 	}
-	tick, err := sql.BeginTick(t.Context(), conn)
+	tick, _, err := sql.BeginTick(t.Context(), conn, "ebb")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -207,12 +208,7 @@ func TestTickRecordsWhatItsSnapshotSees(t *testing.T) {
 		t.Fatal(err)
 	}
 	system := pgtest.Value[string](t, db, "SELECT system_identifier::text FROM pg_control_system()")
-	db.Exec(t, `INSERT INTO ebb.slot (name, system_identifier, timeline, epoch, snapshot, consistent_point)
-		VALUES ('s', '`+system+`', 1, 1, pg_current_snapshot(), '0/0')`)
-	record, err := sql.ReadSlot(t.Context(), conn, "s")
-	if err != nil {
-		t.Fatal(err)
-	}
+	record := slot(t, db, "s", system)
 	tick.Events = 1
 	if err := sql.StoreTick(t.Context(), conn, record, tick, time.Hour); err != nil {
 		t.Fatal(err)
@@ -232,14 +228,15 @@ func TestTickRecordsWhatItsSnapshotSees(t *testing.T) {
 func slot(t *testing.T, db *pgtest.Database, name, system string) sql.SlotRecord {
 	t.Helper()
 	conn := db.Connect(t)
-	if err := sql.PrepareSlot(t.Context(), conn, name, system, 1); err != nil {
+	prepared, err := sql.PrepareSlot(t.Context(), conn, name, system, 1, "mark", "a test")
+	if err != nil {
 		t.Fatal(err)
 	}
-	if r := read(t, conn, name); r.Made || r.Done {
-		t.Errorf("a slot that is being made is %+v", r)
+	if prepared.Made || prepared.Done || prepared.Publication != "mark" || prepared.MadeBecause != "a test" {
+		t.Errorf("a slot that is being made is %+v", prepared)
 	}
 	snapshot := pgtest.Value[string](t, db, "SELECT pg_current_snapshot()::text")
-	if err := sql.RecordSlot(t.Context(), conn, name, snapshot, 1); err != nil {
+	if err := sql.RecordSlot(t.Context(), conn, prepared, snapshot, 1); err != nil {
 		t.Fatal(err)
 	}
 	r := read(t, conn, name)
@@ -261,7 +258,7 @@ func read(t *testing.T, conn *pgx.Conn, name string) sql.SlotRecord {
 // recordAll stores a tick that covers all rows, and returns its id.
 func recordAll(t *testing.T, conn *pgx.Conn, r sql.SlotRecord, seq uint64) int64 {
 	t.Helper()
-	tick, err := sql.BeginTick(t.Context(), conn)
+	tick, _, err := sql.BeginTick(t.Context(), conn, "ebb")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -283,33 +280,63 @@ func TestRecordOfASlot(t *testing.T) {
 	if _, err := sql.ReadSlot(t.Context(), conn, "s"); !errors.Is(err, sql.ErrNoRecord) {
 		t.Fatalf("before: %v", err)
 	}
-	if r := slot(t, db, "s", "1"); r.Epoch != 1 || r.RecoveredAfter != 0 {
+	if r := slot(t, db, "s", "1"); r.Epochs.Last() != 1 || r.RecoveredAfter != 0 {
 		t.Errorf("first: %+v", r)
 	}
-	if err := sql.Recovered(t.Context(), conn, "s", 7, 5); err != nil {
+	r := read(t, conn, "s")
+	if err := sql.BeginRecovery(t.Context(), conn, r, "there", 3); err != nil {
 		t.Fatal(err)
 	}
-	if r := read(t, conn, "s"); r.RecoveredID != 7 || r.Recovered != 5 || r.Done {
+	if err := sql.Recovered(t.Context(), conn, r, 7, 5, 8); err != nil {
+		t.Fatal(err)
+	}
+	if r := read(t, conn, "s"); r.RecoveredID != 7 || r.Recovered != 5 || r.RecoveredSeq != 8 || r.Destination != "there" || r.Done {
 		t.Errorf("in the middle: %+v", r)
 	}
-	if err := sql.RecoveryDone(t.Context(), conn, "s"); err != nil {
+	position := event.Position{Epoch: 1, Commit: 5, Index: 2}
+	if err := sql.RecoveryDone(t.Context(), conn, r, "there", position, 8); err != nil {
 		t.Fatal(err)
 	}
-	r := read(t, conn, "s")
-	if !r.Done {
+	if r = read(t, conn, "s"); !r.Done {
 		t.Errorf("after it: %+v", r)
 	}
+	if last, ok, err := sql.LastTick(t.Context(), conn, r); err != nil || !ok || last.Position != position || last.StreamSeq != 8 || last.Events != 5 {
+		t.Errorf("the tick of the recovery is %+v, %v, %v", last, ok, err)
+	}
+	// Whoever leads next ends the term of the one before, which can record nothing any more.
+	next, err := sql.TakeTerm(t.Context(), conn, "s")
+	if err != nil || next.Term <= r.Term {
+		t.Errorf("the next term is %+v, %v, after %+v", next, err, r)
+	}
+	late, _, err := sql.BeginTick(t.Context(), conn, "ebb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for step, err := range map[string]error{
+		"tick":     sql.StoreTick(t.Context(), conn, r, late, time.Hour),
+		"page":     sql.Recovered(t.Context(), conn, r, 9, 1, 9),
+		"done":     sql.RecoveryDone(t.Context(), conn, r, "there", position, 9),
+		"rewind":   sql.Rewind(t.Context(), conn, r, 0, false, "x"),
+		"raise":    sql.RaiseEpoch(t.Context(), conn, r, sql.Raise{Epoch: event.Epoch{Number: 9}}),
+		"remake":   sql.RemakeSlot(t.Context(), conn, r, "x"),
+		"recorded": sql.RecordSlot(t.Context(), conn, r, "1:1:", 1),
+	} {
+		if !errors.Is(err, sql.ErrSuperseded) {
+			t.Errorf("%s in a term that is over: %v, want ErrSuperseded", step, err)
+		}
+	}
+	r = next
 	tick := recordAll(t, conn, r, 1)
-	if r := slot(t, db, "s", "1"); r.Epoch != 1 || r.RecoveredAfter != tick {
+	if r := slot(t, db, "s", "1"); r.Epochs.Last() != 1 || r.RecoveredAfter != tick {
 		t.Errorf("made anew: %+v, want the tick %d", r, tick)
 	}
-	if r := slot(t, db, "s", "2"); r.Epoch != 2 || r.RecoveredAfter != 0 {
+	if r := slot(t, db, "s", "2"); r.Epochs.Last() != 2 || r.RecoveredAfter != 0 {
 		t.Errorf("on another cluster, whose ticks are others: %+v", r)
 	}
-	if r := slot(t, db, "other", "2"); r.Epoch != 1 || r.RecoveredAfter != 0 {
+	if r := slot(t, db, "other", "2"); r.Epochs.Last() != 1 || r.RecoveredAfter != 0 {
 		t.Errorf("another slot: %+v", r)
 	}
-	if err := sql.RecordSlot(t.Context(), conn, "unprepared", "1:1:", 1); !errors.Is(err, sql.ErrNoRecord) {
+	if err := sql.RecordSlot(t.Context(), conn, sql.SlotRecord{Name: "unprepared"}, "1:1:", 1); !errors.Is(err, sql.ErrSuperseded) {
 		t.Errorf("recorded without being prepared: %v", err)
 	}
 }
@@ -394,7 +421,7 @@ func TestRecoveryFloor(t *testing.T) {
 	db.Exec(t, "SELECT pg_current_xact_id()")
 	recordAll(t, conn, r, 20) // sees a transaction in progress that the one before has not seen end
 	recordAll(t, conn, other, 900)
-	slot(t, db, "s", "1")
+	r = slot(t, db, "s", "1")
 	if n := floor(); n != 10 {
 		t.Errorf("with a transaction open: %d, want 10", n)
 	}
@@ -429,10 +456,10 @@ func TestOldTicksAreForgotten(t *testing.T) {
 	// A slot that is to be made anew gets no ticks: what it passed over would count as delivered.
 	db.Exec(t, "ALTER PUBLICATION ebb DROP TABLE ebb.buffer")
 	apply(t, db, setup)
-	if r := read(t, conn, "s"); r.Made || r.Epoch != 1 {
+	if r := read(t, conn, "s"); r.Made || r.Epochs.Last() != 1 {
 		t.Errorf("after its publication was mended, the slot is %+v", r)
 	}
-	tick, err := sql.BeginTick(t.Context(), conn)
+	tick, _, err := sql.BeginTick(t.Context(), conn, "ebb")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,7 +2,6 @@ package sql
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -23,30 +22,34 @@ type Tick struct {
 	Position  event.Position
 	StreamSeq uint64
 	Events    int64
+	// Epoch was the current one.
+	Epoch uint32
 	// Destination is where they were delivered. Position and StreamSeq mean nothing to another one.
 	Destination string
 	DeliveredAt time.Time
 }
 
 // BeginTick reads a snapshot and then the end of the log. Once everything before that end is delivered, so is every row whose
-// transaction the snapshot sees. The tick is worthless when the session that read it ends before it is stored: after a
-// crash of the server, transaction ids that never reached the disk are given out again.
-func BeginTick(ctx context.Context, db *pgx.Conn) (Tick, error) {
+// transaction the snapshot sees, if the publication, which is read by the same statement, is as it was when the slot was made. The
+// tick is worthless when the session that read it ends before it is stored: after a crash of the server, transaction ids that never
+// reached the disk are given out again.
+func BeginTick(ctx context.Context, db *pgx.Conn, publication string) (Tick, Publication, error) {
 	var t Tick
 	var lsn string
 	var block, segment int64
+	p := Publication{name: publication}
 	// A target list is evaluated from left to right.
 	err := db.QueryRow(ctx, `SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text,
-		current_setting('wal_block_size')::bigint, pg_size_bytes(current_setting('wal_segment_size'))`).
-		Scan(&t.Snapshot, &lsn, &block, &segment)
+		current_setting('wal_block_size')::bigint, pg_size_bytes(current_setting('wal_segment_size')), `+publicationJSON, publication).
+		Scan(&t.Snapshot, &lsn, &block, &segment, &p)
 	if err != nil {
-		return Tick{}, fmt.Errorf("begin a tick: %w", err)
+		return Tick{}, Publication{}, fmt.Errorf("begin a tick: %w", err)
 	}
 	if t.LSN, err = event.ParseLSN(lsn); err != nil {
-		return Tick{}, fmt.Errorf("begin a tick: %w", err)
+		return Tick{}, Publication{}, fmt.Errorf("begin a tick: %w", err)
 	}
 	t.LSN = endOfRecord(t.LSN, uint64(block), uint64(segment))
-	return t, nil
+	return t, p, nil
 }
 
 // endOfRecord takes the position at which the next record will be inserted and returns the end of the one before it. They
@@ -63,49 +66,95 @@ func endOfRecord(insert event.LSN, block, segment uint64) event.LSN {
 	return insert
 }
 
-// StoreTick stores a tick that has come true, and forgets those of the slot that are older than keep. It returns
-// ErrNotMade when the slot is to be made anew by now: a tick would have the recovery pass over rows.
+// StoreTick stores a tick that has come true, and forgets those of the slot that are older than keep, the newest one apart. It
+// returns ErrNotMade when the slot is to be made anew by now, as a tick would have the recovery pass over rows, and ErrSuperseded
+// when the record's term is over.
 func StoreTick(ctx context.Context, db *pgx.Conn, r SlotRecord, t Tick, keep time.Duration) error {
 	tag, err := db.Exec(ctx, `WITH slot AS (
-			SELECT name, recovered_after FROM ebb.slot WHERE name = $7 AND snapshot IS NOT NULL
+			SELECT name, recovered_after FROM ebb.slot WHERE name = $7 AND snapshot IS NOT NULL AND term = $11 FOR SHARE
 		), forgotten AS (
 			DELETE FROM ebb.tick t USING slot
 			WHERE t.slot = slot.name AND t.delivered_at < clock_timestamp() - make_interval(secs => $9)
-			  AND t.delivered_at < coalesce((SELECT created_at FROM ebb.buffer ORDER BY id LIMIT 1), 'infinity')
 			  AND t.id IS DISTINCT FROM slot.recovered_after)
 		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination)
 		SELECT $1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, slot.name, $8, $10 FROM slot`,
-		t.LSN.String(), t.Snapshot, t.Position.String(), int64(t.StreamSeq), int32(t.Position.Epoch), t.Events, r.Name, r.SystemIdentifier,
-		keep.Seconds(), t.Destination)
+		t.LSN.String(), t.Snapshot, t.Position.String(), int64(t.StreamSeq), int32(t.Epoch), t.Events, r.Name, r.SystemIdentifier,
+		keep.Seconds(), t.Destination, r.Term)
 	if err != nil {
 		return fmt.Errorf("store a tick: %w", withHint(err))
 	}
-	if tag.RowsAffected() == 0 {
-		return fmt.Errorf("store a tick of slot %q: %w", r.Name, ErrNotMade)
+	if tag.RowsAffected() > 0 {
+		return nil
 	}
-	return nil
+	now, err := ReadSlot(ctx, db, r.Name)
+	switch {
+	case err != nil:
+		return fmt.Errorf("store a tick: %w", err)
+	case now.Term != r.Term:
+		return fmt.Errorf("store a tick of slot %q: %w", r.Name, ErrSuperseded)
+	}
+	return fmt.Errorf("store a tick of slot %q: %w", r.Name, ErrNotMade)
 }
 
 // LastTick returns the newest tick of this cluster and slot, or false when there is none.
 func LastTick(ctx context.Context, db *pgx.Conn, r SlotRecord) (Tick, bool, error) {
-	var t Tick
-	var lsn, position string
-	var seq int64
-	err := db.QueryRow(ctx, `SELECT id, lsn::text, snapshot::text, position, stream_seq, events, destination, delivered_at FROM ebb.tick
-		WHERE slot = $1 AND system_identifier = $2 ORDER BY id DESC LIMIT 1`, r.Name, r.SystemIdentifier).
-		Scan(&t.ID, &lsn, &t.Snapshot, &position, &seq, &t.Events, &t.Destination, &t.DeliveredAt)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return Tick{}, false, nil
+	ticks, err := readTicks(ctx, db, "ORDER BY id DESC LIMIT 1", r.Name, r.SystemIdentifier)
+	if err != nil || len(ticks) == 0 {
+		return Tick{}, false, err
 	}
+	return ticks[0], true, nil
+}
+
+// TickAt returns the newest tick of this cluster and slot whose delivery to the destination ended at or before a sequence number and a
+// position, or false when there is none.
+func TickAt(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, seq uint64, position event.Position) (Tick, bool, error) {
+	// Few are looked at: positions and sequence numbers of one stream rise together.
+	ticks, err := readTicks(ctx, db, "AND destination = $3 AND stream_seq <= $4 ORDER BY id DESC", r.Name, r.SystemIdentifier, destination, int64(seq))
 	if err != nil {
-		return Tick{}, false, fmt.Errorf("read the newest tick: %w", withHint(err))
+		return Tick{}, false, err
 	}
-	t.StreamSeq = uint64(seq)
-	if t.LSN, err = event.ParseLSN(lsn); err == nil {
-		t.Position, err = event.ParsePosition(position)
+	for _, t := range ticks {
+		if t.Position.Compare(position) <= 0 {
+			return t, true, nil
+		}
 	}
+	return Tick{}, false, nil
+}
+
+// HasDelivered reports whether anything of this cluster and slot was ever recorded as delivered to a destination.
+func HasDelivered(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string) (bool, error) {
+	var ok bool
+	err := db.QueryRow(ctx, "SELECT EXISTS (SELECT FROM ebb.tick WHERE slot = $1 AND system_identifier = $2 AND destination = $3)",
+		r.Name, r.SystemIdentifier, destination).Scan(&ok)
 	if err != nil {
-		return Tick{}, false, fmt.Errorf("read the newest tick: %w", err)
+		return false, fmt.Errorf("look for ticks of the destination: %w", withHint(err))
 	}
-	return t, true, nil
+	return ok, nil
+}
+
+func readTicks(ctx context.Context, db *pgx.Conn, rest string, args ...any) ([]Tick, error) {
+	rows, err := db.Query(ctx, `SELECT id, lsn::text, snapshot::text, position, stream_seq, epoch, events, destination, delivered_at FROM ebb.tick
+		WHERE slot = $1 AND system_identifier = $2 `+rest, args...)
+	if err != nil {
+		return nil, fmt.Errorf("read ticks: %w", withHint(err))
+	}
+	ticks, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (Tick, error) {
+		var t Tick
+		var lsn, position string
+		var seq int64
+		var epoch int32
+		if err := row.Scan(&t.ID, &lsn, &t.Snapshot, &position, &seq, &epoch, &t.Events, &t.Destination, &t.DeliveredAt); err != nil {
+			return Tick{}, err
+		}
+		t.StreamSeq, t.Epoch = uint64(seq), uint32(epoch)
+		var err error
+		if t.LSN, err = event.ParseLSN(lsn); err == nil {
+			t.Position, err = event.ParsePosition(position)
+		}
+		return t, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read ticks: %w", withHint(err))
+	}
+	return ticks, nil
 }

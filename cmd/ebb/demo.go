@@ -205,7 +205,7 @@ func (d *demonstration) prepare(ctx context.Context) error {
 func (d *demonstration) startBridge(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, d.cfg, d.log) }()
+	go func() { done <- run(ctx, d.cfg, d.log, runFlags{}) }()
 	d.stopBridge = func() error {
 		cancel()
 		d.stopBridge = func() error { return nil }

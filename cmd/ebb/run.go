@@ -23,8 +23,14 @@ import (
 	"ebb/sink/webhook"
 )
 
+// runFlags are what an operator decides at one start.
+type runFlags struct {
+	adopt, acceptGap bool
+}
+
 func newRun(a *app) *cobra.Command {
-	return &cobra.Command{
+	var flags runFlags
+	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Deliver events until told to stop",
 		Long: "Run delivers events from the slot to the sink. It waits for a Postgres or a sink that is not there yet or goes away.\n" +
@@ -37,13 +43,17 @@ func newRun(a *app) *cobra.Command {
 			if err := cfg.RequireSink(); err != nil {
 				return err
 			}
-			return run(cmd.Context(), cfg, log)
+			return run(cmd.Context(), cfg, log, flags)
 		},
 	}
+	cmd.Flags().BoolVar(&flags.adopt, "adopt", false, "go on from this database, although the stream belongs to another one or holds events "+
+		"that this one\ndoes not have, as after a restore or a failover that lost transactions; stop the other database's bridge first")
+	cmd.Flags().BoolVar(&flags.acceptGap, "accept-gap", false, "go on although the stream has lost events that are not in the buffer any more")
+	return cmd
 }
 
 // run delivers until ctx ends.
-func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) {
+func run(ctx context.Context, cfg *config.Config, log *slog.Logger, flags runFlags) (err error) {
 	log.Info("starting", "version", version(), "postgres", redact.URL(cfg.Postgres), "sink", redact.URL(cfg.Sink), "slot", cfg.Slot)
 	destination, stop, err := openSink(cfg, log)
 	if err != nil {
@@ -81,6 +91,8 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 		Logger:      log,
 		TickEvery:   cfg.Recorded.Every,
 		TickKeep:    max(cfg.Recorded.Keep, cfg.Replay.Window, time.Minute),
+		Adopt:       flags.adopt,
+		AcceptGap:   flags.acceptGap,
 		OnRole:      func(r bridge.Role) { role.Store(r) },
 	})
 	if err == nil {
@@ -163,6 +175,7 @@ func openJetStream(cfg *config.Config, servers string, log *slog.Logger) (*jetst
 		Raw:          cfg.NATS.Format == config.FormatRaw,
 		CreateStream: cfg.NATS.CreateStream,
 		Replicas:     cfg.NATS.Replicas,
+		Exclusive:    cfg.NATS.Exclusive,
 		Creds:        cfg.NATS.Creds,
 		CA:           cfg.NATS.TLS.CA,
 		Cert:         cfg.NATS.TLS.Cert,

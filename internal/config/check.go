@@ -303,9 +303,6 @@ func (c *Config) checkNATS() *problem {
 	if !slices.Contains([]int{1, 3, 5}, n.Replicas) {
 		return is("nats.replicas", n.Replicas, "not a number of replicas")
 	}
-	if !n.Exclusive {
-		return notYet("nats.exclusive", n.Exclusive, "true")
-	}
 	if n.TLS.Cert != "" && n.TLS.Key == "" {
 		return is("nats.tls.cert", n.TLS.Cert, "set without nats.tls.key")
 	}

@@ -125,7 +125,6 @@ var wrong = []struct{ file, want string }{
 	{"buffers:\n  - table: ebb.buffer\n    key: ''\n", `ebb.yaml:3: buffers[0].key: "" is not available yet; write key, or leave the key out`},
 	{"buffers:\n  - table: ebb.buffer\n    delivered: mark\n", `ebb.yaml:3: buffers[0].delivered: "mark" is not available yet; write keep, or leave the key out`},
 	{"buffers:\n  - table: ebb.buffer\n  - table: own\n    topic: t\n", "ebb.yaml:3: buffers[1]: a second table is not available yet; keep ebb.buffer alone"},
-	{"nats:\n  exclusive: false\n", "ebb.yaml:2: nats.exclusive: false is not available yet; write true, or leave the key out"},
 	{"http:\n  format: batch\n", `ebb.yaml:2: http.format: "batch" is not available yet; write cloudevents, or leave the key out`},
 	{"http:\n  secrets: [whsec_hush]\n", "ebb.yaml:2: http.secrets: the value is not available yet; write [], or leave the key out"},
 	{"http:\n  concurrency: 8\n", "ebb.yaml:2: http.concurrency: 8 is not available yet; write 16, or leave the key out"},

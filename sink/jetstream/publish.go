@@ -27,6 +27,9 @@ const (
 	maxPendingBytes = 8 << 20
 )
 
+// ErrForgot says that the stream no longer holds what it acknowledged.
+var ErrForgot = errors.New("the stream has forgotten what it acknowledged")
+
 // publisher is one Run of a sink: a window of events that are published and wait to be acknowledged.
 type publisher struct {
 	*Sink
@@ -304,7 +307,7 @@ func (p *publisher) acknowledged(n int) {
 // deliver reports the first n pending events and lets go of them.
 func (p *publisher) deliver(n int) {
 	last := p.pending[n-1]
-	p.last = message{seq: p.last.seq + uint64(n), position: last.Position, id: string(last.ID), recovered: last.Origin != event.Streamed}
+	p.last = message{seq: p.last.seq + uint64(n), position: last.Position, id: string(last.ID), origin: last.Origin}
 	for _, e := range p.pending[:n] {
 		p.bytes -= e.Size()
 	}
@@ -334,15 +337,15 @@ func (p *publisher) resume(ctx context.Context) error {
 		tail, found, err := p.tail(ctx)
 		switch {
 		case errors.Is(err, jetstream.ErrStreamNotFound) && p.last.seq > 0:
-			return backoff.Permanent(fmt.Errorf("it does not exist any more, and had acknowledged sequence %d (%w)", p.last.seq, ErrGap))
+			return backoff.Permanent(fmt.Errorf("it does not exist any more, and had acknowledged sequence %d (%w)", p.last.seq, ErrForgot))
 		case err != nil:
 			return err
 		case tail.seq < p.last.seq:
 			return backoff.Permanent(fmt.Errorf("it ends at sequence %d but had acknowledged %d: it lost messages that were delivered (%w)",
-				tail.seq, p.last.seq, ErrGap))
+				tail.seq, p.last.seq, ErrForgot))
 		case !found && tail.seq > p.last.seq:
 			return backoff.Permanent(fmt.Errorf("its last message, %d, was deleted, and %d was the last to be acknowledged: "+
-				"what was delivered between them cannot be told (%w)", tail.seq, p.last.seq, ErrGap))
+				"what was delivered between them cannot be told (%w)", tail.seq, p.last.seq, ErrForgot))
 		case tail.seq == p.last.seq && found && tail.position != p.last.position:
 			return backoff.Permanent(p.foreign(tail))
 		case tail.seq == p.last.seq:

@@ -57,6 +57,9 @@ type Config struct {
 	// CreateStream creates a stream that is missing, with Replicas copies. An existing one is never altered.
 	CreateStream bool
 	Replicas     int
+	// Exclusive says that nobody else publishes to the stream, so that each message can name the one before it. Otherwise messages
+	// are told apart by their ids alone, within the stream's window for duplicates.
+	Exclusive bool
 	// Creds is a credentials file, or "".
 	Creds string
 	// CA, Cert and Key are PEM files, or "".
@@ -84,9 +87,10 @@ type Sink struct {
 	// denied is what the server last said it does not permit.
 	denied denial
 
-	// last is the last message that the stream is known to hold, and known whether that is so.
-	last  message
-	known bool
+	// last is the last message that the stream is known to hold.
+	last message
+	// warned says that the log has what is doubtful about the stream's settings.
+	warned bool
 }
 
 // message is what identifies a message of the stream.
@@ -94,13 +98,15 @@ type message struct {
 	seq      uint64
 	position event.Position
 	id       string
-	// recovered says that position is that of the event before it.
-	recovered bool
+	// origin is that of the event. The position of one that was not streamed is that of the event before it.
+	origin event.Origin
+	// foreign says that no bridge has published it, so that it has neither position nor id.
+	foreign bool
 }
 
 var (
-	_ sink.Sink      = (*Sink)(nil)
-	_ sink.IDScanner = (*Sink)(nil)
+	_ sink.Sink    = (*Sink)(nil)
+	_ sink.Scanner = (*Sink)(nil)
 )
 
 // New returns a sink, which connects when it is first asked to resume. An error is one of configuration.
@@ -135,57 +141,29 @@ func New(cfg Config) (*Sink, error) {
 	return s, nil
 }
 
-// Resume connects, checks or creates the stream, and returns its last message.
+// Resume connects, checks or creates the stream, and returns what its end holds.
 func (s *Sink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) {
+	var tail sink.Tail
 	err := s.retry(ctx, "resume", func() error {
 		if err := s.connect(ctx); err != nil {
 			return err
 		}
-		if err := s.checkStream(ctx, known); err != nil {
+		info, err := s.findStream(ctx, known)
+		if err != nil || info == nil {
+			tail = sink.Tail{}
 			return err
 		}
-		tail, found, err := s.tail(ctx)
-		if err != nil {
+		if tail, err = s.end(ctx, info.State.LastSeq, known); err != nil {
 			return err
 		}
-		if tail, err = s.compare(known, tail, found); err != nil {
-			return backoff.Permanent(err)
-		}
-		s.last, s.known = tail, true
+		tail.Source = sourceOf(info.Config.Metadata)
 		return nil
 	})
 	if err != nil {
 		return sink.Tail{}, err
 	}
-	tail := sink.Tail{Position: s.last.position, Sequence: s.last.seq}
-	if !s.last.recovered {
-		tail.ID = s.last.id
-	}
+	s.last = message{seq: tail.Last, position: tail.Position, id: tail.ID}
 	return tail, nil
-}
-
-// compare checks what the stream holds against what is known to be in it: from the database, and from what this
-// process has itself seen acknowledged. When the tail was deleted from the stream it must be what is known.
-func (s *Sink) compare(known sink.Known, tail message, found bool) (message, error) {
-	expect := message{seq: known.Sequence, position: known.Position}
-	if s.known && s.last.seq > expect.seq {
-		expect = s.last
-	}
-	switch {
-	case found && tail.seq == expect.seq && tail.position != expect.position:
-		return message{}, fmt.Errorf("it ends at sequence %d with event %q at %s, where position %s was delivered: %w: give ebb a stream of "+
-			"its own", tail.seq, tail.id, tail.position, expect.position, ErrForeign)
-	case tail.seq < expect.seq, found && tail.position.Compare(expect.position) < 0:
-		return message{}, fmt.Errorf("it ends at sequence %d, position %s, but had acknowledged sequence %d, position %s: it lost messages "+
-			"that were delivered (%w)", tail.seq, tail.position, expect.seq, expect.position, ErrGap)
-	case found:
-		return tail, nil
-	case tail.seq > expect.seq && expect.seq > 0:
-		return message{}, fmt.Errorf("its last message, %d, was deleted, and %d at %s is the last that is known: what was delivered between "+
-			"them cannot be told (%w)", tail.seq, expect.seq, expect.position, ErrGap)
-	}
-	expect.seq = tail.seq
-	return expect, nil
 }
 
 // connect opens the connection, unless it is open.

@@ -38,7 +38,7 @@ func logger(t *testing.T) *slog.Logger {
 
 func config(t *testing.T, server *natstest.Server) jetstream.Config {
 	return jetstream.Config{
-		Servers: server.URL(), Stream: "EBB", Subject: "ebb.{topic}", Source: "test", CreateStream: true, Replicas: 1, Name: "test",
+		Servers: server.URL(), Stream: "EBB", Subject: "ebb.{topic}", Source: "test", CreateStream: true, Replicas: 1, Exclusive: true, Name: "test",
 		Logger: logger(t),
 	}
 }
@@ -246,7 +246,6 @@ func TestUnsuitableStreams(t *testing.T) {
 		{"workqueue", natsjs.StreamConfig{Retention: natsjs.WorkQueuePolicy}, jetstream.ErrUnsuitable},
 		{"sources", natsjs.StreamConfig{Sources: []*natsjs.StreamSource{{Name: "OTHER"}}}, jetstream.ErrUnsuitable},
 		{"other subjects", natsjs.StreamConfig{Subjects: []string{"other.>"}}, jetstream.ErrUnsuitable},
-		{"another source", natsjs.StreamConfig{Metadata: map[string]string{"ebb-database": "theirs"}}, jetstream.ErrForeign},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			server := natstest.New(t)
@@ -257,14 +256,14 @@ func TestUnsuitableStreams(t *testing.T) {
 			create(t, server, c.stream)
 			s := open(t, config(t, server))
 			defer closed(t, s)
-			if _, err := deliver(t.Context(), t, s, sink.Known{Database: "ours"}, batchOf(1, 1, nil)); !errors.Is(err, c.want) {
+			if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 1, nil)); !errors.Is(err, c.want) {
 				t.Errorf("error is %v, want %v", err, c.want)
 			}
 		})
 	}
 }
 
-// What somebody else put into the stream is never taken for ours, wherever it stands.
+// What somebody else put into the stream is never taken for ours, wherever it stands, and is counted.
 func TestForeignMessages(t *testing.T) {
 	server := natstest.New(t)
 	s := open(t, config(t, server))
@@ -272,9 +271,39 @@ func TestForeignMessages(t *testing.T) {
 	if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 3, nil)); err != nil {
 		t.Fatal(err)
 	}
+	ours := sink.Tail{Position: event.Position{Epoch: 1, Commit: 1, Index: 3}, Sequence: 3, ID: "1-3", Last: 3, Exclusive: true}
+	resume := func(known sink.Known, want sink.Tail) {
+		t.Helper()
+		if got, err := s.Resume(t.Context(), known); err != nil || got != want {
+			t.Errorf("the end is %+v, %v; want %+v", got, err, want)
+		}
+	}
+	resume(sink.Known{}, ours)
 	publish(t, server, nats.Header{})
-	if _, err := s.Resume(t.Context(), sink.Known{}); !errors.Is(err, jetstream.ErrForeign) {
-		t.Errorf("resume behind a foreign message: %v", err)
+	publish(t, server, nats.Header{"Ebb-Position": {"nonsense"}})
+	ours.Last = 5
+	resume(sink.Known{}, ours)
+	resume(sink.Known{Sequence: 3}, sink.Tail{Last: 5, Exclusive: true})
+	if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(2, 1, nil)); err != nil {
+		t.Fatal(err)
+	}
+	last := sink.Tail{Position: event.Position{Epoch: 1, Commit: 2, Index: 1}, Sequence: 6, ID: "2-1", Last: 6, Exclusive: true}
+	resume(sink.Known{Sequence: 2}, last)
+	last.Foreign = 2
+	resume(sink.Known{Sequence: 2, Audit: true}, last)
+	resume(sink.Known{Audit: true}, last)
+}
+
+// A stream says for whom it was made.
+func TestSourceOfAStream(t *testing.T) {
+	server := natstest.New(t)
+	source := sink.Source{SystemIdentifier: "7300000000000000001", Database: "app", Slot: "ebb", Buffer: "b"}
+	for _, known := range []sink.Known{{Source: source}, {Source: sink.Source{Database: "another"}}} {
+		s := open(t, config(t, server))
+		defer closed(t, s)
+		if tail, err := s.Resume(t.Context(), known); err != nil || tail.Source != source {
+			t.Errorf("the stream was made for %+v, %v", tail.Source, err)
+		}
 	}
 }
 
@@ -333,50 +362,78 @@ func publish(t *testing.T, server *natstest.Server, header nats.Header) {
 	}
 }
 
-// A stream that no longer holds what is known to be in it has a gap, which must not go unnoticed.
-func TestGaps(t *testing.T) {
+// The end of a stream that no longer holds what is known to have been in it.
+func TestEndsOfStreams(t *testing.T) {
 	known := sink.Known{Position: event.Position{Epoch: 1, Commit: 1, Index: 3}, Sequence: 3}
-	t.Run("stream gone", func(t *testing.T) {
-		s := open(t, config(t, natstest.New(t)))
-		defer closed(t, s)
-		if _, err := s.Resume(t.Context(), known); !errors.Is(err, jetstream.ErrGap) {
-			t.Errorf("error is %v", err)
+	type change func(t *testing.T, stream natsjs.Stream)
+	remove := func(sequences ...uint64) change {
+		return func(t *testing.T, stream natsjs.Stream) {
+			for _, seq := range sequences {
+				if err := stream.DeleteMsg(t.Context(), seq); err != nil {
+					t.Fatal(err)
+				}
+			}
 		}
-	})
-	t.Run("tail gone", func(t *testing.T) {
+	}
+	for _, c := range []struct {
+		name   string
+		held   int
+		change change
+		want   sink.Tail // but for position and id, which follow from the sequence number
+	}{
+		{"longer", 5, nil, sink.Tail{Sequence: 5, Last: 5}},
+		{"as known", 3, nil, sink.Tail{Sequence: 3, Last: 3}},
+		{"shorter", 2, nil, sink.Tail{Sequence: 2, Last: 2}},
+		{"shorter, and its last message deleted", 2, remove(2), sink.Tail{Sequence: 1, Last: 2}},
+		{"empty again", 3, func(t *testing.T, s natsjs.Stream) {
+			if err := s.Purge(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}, sink.Tail{Last: 3}},
+		{"more, and empty again", 7, func(t *testing.T, s natsjs.Stream) {
+			if err := s.Purge(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}, sink.Tail{Last: 7, Removed: 4}},
+		{"its last messages deleted", 7, remove(6, 7), sink.Tail{Sequence: 5, Last: 7, Removed: 2}},
+		{"all behind what is known deleted", 6, remove(4, 5, 6), sink.Tail{Last: 6, Removed: 3}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			server := natstest.New(t)
+			s := open(t, config(t, server))
+			defer closed(t, s)
+			if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, c.held, nil)); err != nil {
+				t.Fatal(err)
+			}
+			stream, err := server.JetStream(t).Stream(t.Context(), "EBB")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.change != nil {
+				c.change(t, stream)
+			}
+			c.want.Exclusive = true
+			if n := c.want.Sequence; n > 0 {
+				c.want.Position, c.want.ID = event.Position{Epoch: 1, Commit: 1, Index: n}, fmt.Sprintf("1-%d", n)
+			}
+			if got, err := s.Resume(t.Context(), known); err != nil || got != c.want {
+				t.Errorf("it ends at %+v, %v; want %+v", got, err, c.want)
+			}
+			n, err := deliver(t.Context(), t, s, known, batchOf(2, 2, nil))
+			if err != nil || n != 2 {
+				t.Errorf("goes on with %d events, %v", n, err)
+			}
+		})
+	}
+	t.Run("gone", func(t *testing.T) {
 		server := natstest.New(t)
 		s := open(t, config(t, server))
 		defer closed(t, s)
-		if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 2, nil)); err != nil {
-			t.Fatal(err)
+		if got, err := s.Resume(t.Context(), known); err != nil || got != (sink.Tail{}) {
+			t.Errorf("it ends at %+v, %v", got, err)
 		}
-		other := open(t, config(t, server))
-		defer closed(t, other)
-		if _, err := other.Resume(t.Context(), known); !errors.Is(err, jetstream.ErrGap) {
-			t.Errorf("error is %v", err)
-		}
-	})
-	t.Run("emptied by its own limits", func(t *testing.T) {
-		server := natstest.New(t)
-		s := open(t, config(t, server))
-		defer closed(t, s)
-		if _, err := deliver(t.Context(), t, s, sink.Known{}, batchOf(1, 3, nil)); err != nil {
-			t.Fatal(err)
-		}
-		stream, err := server.JetStream(t).Stream(t.Context(), "EBB")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := stream.Purge(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		other := open(t, config(t, server))
-		defer closed(t, other)
-		if tail, err := other.Resume(t.Context(), known); err != nil || tail.Position != known.Position || tail.Sequence != 3 {
-			t.Errorf("resumes at %v, %v", tail, err)
-		}
-		if n, err := deliver(t.Context(), t, other, known, batchOf(2, 2, nil)); err != nil || n != 2 {
-			t.Errorf("goes on with %d events, %v", n, err)
+		if _, err := server.JetStream(t).Stream(t.Context(), "EBB"); !errors.Is(err, natsjs.ErrStreamNotFound) {
+			t.Errorf("a stream whose content has to be found first: %v", err)
 		}
 	})
 }
@@ -396,7 +453,7 @@ func TestRefusedCredentials(t *testing.T) {
 	}
 }
 
-func TestScanIDs(t *testing.T) {
+func TestScan(t *testing.T) {
 	server := natstest.New(t)
 	s := open(t, config(t, server))
 	defer closed(t, s)
@@ -405,7 +462,7 @@ func TestScanIDs(t *testing.T) {
 	}
 	for _, after := range []uint64{0, 400, 999, 1000, 2000} {
 		var ids []string
-		if err := s.ScanIDs(t.Context(), after, func(id []byte) { ids = append(ids, string(id)) }); err != nil {
+		if err := s.Scan(t.Context(), after, func(m sink.Stored) error { ids = append(ids, string(m.ID)); return nil }); err != nil {
 			t.Fatal(err)
 		}
 		if want := max(0, 1000-int(after)); len(ids) != want || want > 0 && ids[0] != fmt.Sprintf("1-%d", after+1) {
@@ -440,7 +497,7 @@ func TestScanOfWhatIsDeleted(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := 0
-	if err := s.ScanIDs(t.Context(), 0, func([]byte) { n++ }); err != nil || n != 3 {
+	if err := s.Scan(t.Context(), 0, func(sink.Stored) error { n++; return nil }); err != nil || n != 3 {
 		t.Errorf("%d ids, %v", n, err)
 	}
 	stream, err := server.JetStream(t).Stream(t.Context(), "EBB")
@@ -450,7 +507,7 @@ func TestScanOfWhatIsDeleted(t *testing.T) {
 	if err := stream.Purge(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.ScanIDs(t.Context(), 0, func(id []byte) { t.Errorf("found %s", id) }); err != nil {
+	if err := s.Scan(t.Context(), 0, func(m sink.Stored) error { t.Errorf("found %s", m.ID); return nil }); err != nil {
 		t.Error(err)
 	}
 }
@@ -478,7 +535,7 @@ func TestStreamReplacedWhileRunning(t *testing.T) {
 			create(t, server, natsjs.StreamConfig{Name: "EBB", Subjects: []string{"ebb.>"}})
 		}
 		in <- batchOf(2, 3, nil)
-		if err := <-done; !errors.Is(err, jetstream.ErrGap) {
+		if err := <-done; !errors.Is(err, jetstream.ErrForgot) {
 			t.Errorf("created again: %v: error is %v", again, err)
 		}
 	}

@@ -30,9 +30,7 @@ const (
 const headerID = "Ebb-Id"
 
 var (
-	// ErrGap says that the stream no longer holds what it acknowledged.
-	ErrGap = errors.New("gap in the stream: restore it, or name another one (nats.stream) to go on with what follows")
-	// ErrForeign says that somebody else publishes to the stream, or that it belongs to another source.
+	// ErrForeign says that somebody else publishes to the stream.
 	ErrForeign = errors.New("the stream is not this bridge's")
 	// ErrUnsuitable says that the stream's settings do not let it keep what it is sent.
 	ErrUnsuitable = errors.New("the stream's settings do not suit")
@@ -49,55 +47,62 @@ const (
 	codeWrongSequenceAny = 10164
 )
 
-// checkStream finds the stream or creates it, and refuses one that would not keep what it is sent.
-func (s *Sink) checkStream(ctx context.Context, known sink.Known) error {
+// findStream finds the stream or creates it, and refuses one that would not keep what it is sent. It is nil when the stream is missing
+// and was known to hold something: before it is made again, somebody has to know where from its content comes.
+func (s *Sink) findStream(ctx context.Context, known sink.Known) (*jetstream.StreamInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	stream, err := s.js.Stream(ctx, s.cfg.Stream)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		if !s.cfg.CreateStream {
-			return fmt.Errorf("it does not exist and nats.create_stream is false: create it, or let ebb do so: %w", err)
+			return nil, fmt.Errorf("it does not exist and nats.create_stream is false: create it, or let ebb do so: %w", err)
 		}
-		if had := max(known.Sequence, s.last.seq); had > 0 {
-			return backoff.Permanent(fmt.Errorf("it does not exist, but had acknowledged sequence %d (%w)", had, ErrGap))
+		if known.Sequence > 0 {
+			return nil, nil
 		}
-		return s.createStream(ctx, known)
+		stream, err = s.createStream(ctx, known.Source)
 	}
 	if err != nil {
-		return fmt.Errorf("read its settings: %w", err)
+		return nil, fmt.Errorf("read its settings: %w", err)
 	}
-	return s.checkSettings(stream.CachedInfo().Config, known)
+	info := stream.CachedInfo()
+	return info, s.checkSettings(info.Config)
 }
 
-func (s *Sink) createStream(ctx context.Context, known sink.Known) error {
-	_, err := s.js.CreateStream(ctx, jetstream.StreamConfig{
+func (s *Sink) createStream(ctx context.Context, source sink.Source) (jetstream.Stream, error) {
+	stream, err := s.js.CreateStream(ctx, jetstream.StreamConfig{
 		Name:        s.cfg.Stream,
 		Description: "events of " + s.cfg.Source + ", delivered by ebb",
 		Subjects:    []string{s.subject.wildcard()},
 		Storage:     jetstream.FileStorage,
 		Replicas:    max(1, s.cfg.Replicas),
 		AllowDirect: true,
-		Metadata:    metadata(known),
+		Metadata:    metadata(source),
 	})
 	if err != nil {
 		err = fmt.Errorf("create it: %w", err)
 		var api *jetstream.APIError
 		if errors.As(err, &api) && (api.Code == 400 || api.ErrorCode == codeNoReplicas || api.ErrorCode == codeInvalidConfig) {
-			return backoff.Permanent(err)
+			return nil, backoff.Permanent(err)
 		}
-		return err
+		return nil, err
 	}
 	s.log.Info("created the stream", "stream", s.cfg.Stream, "subjects", s.subject.wildcard(), "replicas", max(1, s.cfg.Replicas))
-	return nil
+	return stream, nil
 }
 
-func metadata(known sink.Known) map[string]string {
+func metadata(source sink.Source) map[string]string {
 	return map[string]string{
-		metaSystem: known.SystemIdentifier, metaDatabase: known.Database, metaSlot: known.Slot, metaBuffer: known.Buffer,
+		metaSystem: source.SystemIdentifier, metaDatabase: source.Database, metaSlot: source.Slot, metaBuffer: source.Buffer,
 	}
 }
 
-func (s *Sink) checkSettings(cfg jetstream.StreamConfig, known sink.Known) error {
+func sourceOf(metadata map[string]string) sink.Source {
+	return sink.Source{SystemIdentifier: metadata[metaSystem], Database: metadata[metaDatabase], Slot: metadata[metaSlot],
+		Buffer: metadata[metaBuffer]}
+}
+
+func (s *Sink) checkSettings(cfg jetstream.StreamConfig) error {
 	unsuitable := func(what string) error {
 		return backoff.Permanent(fmt.Errorf("it %s: %w: use another stream or change it", what, ErrUnsuitable))
 	}
@@ -113,14 +118,10 @@ func (s *Sink) checkSettings(cfg jetstream.StreamConfig, known sink.Known) error
 	case cfg.Retention == jetstream.WorkQueuePolicy:
 		return unsuitable("deletes what is consumed (retention workqueue)")
 	}
-	for key, want := range metadata(known) {
-		if have, ok := cfg.Metadata[key]; ok && have != want {
-			return backoff.Permanent(fmt.Errorf("it belongs to %s %s and not to %s: %w: name another stream (nats.stream)", key, have, want, ErrForeign))
-		}
+	if s.warned {
+		return nil
 	}
-	if s.known {
-		return nil // said once
-	}
+	s.warned = true
 	if cfg.Retention == jetstream.InterestPolicy {
 		s.log.Warn("the stream drops messages that no consumer wants (retention interest)", "stream", s.cfg.Stream)
 	}
@@ -131,9 +132,8 @@ func (s *Sink) checkSettings(cfg jetstream.StreamConfig, known sink.Known) error
 	return nil
 }
 
-// tail reads the stream's last message, from its leader: a replica that answers a direct get may be behind. It is not found
-// when the stream has deleted it, by its own limits or on request; the sequence number is known even so. An empty stream
-// that never held a message counts as found.
+// tail reads the stream's last message. It is not found when the stream has deleted it, by its own limits or on request; the sequence
+// number is known even so. An empty stream that never held a message counts as found.
 func (s *Sink) tail(ctx context.Context) (_ message, found bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
@@ -146,51 +146,148 @@ func (s *Sink) tail(ctx context.Context) (_ message, found bool, err error) {
 		return message{}, true, nil
 	}
 	m, err := s.message(ctx, seq)
-	var api *jetstream.APIError
-	if errors.As(err, &api) && api.ErrorCode == codeNoMessage {
+	if isDeleted(err) {
 		return message{seq: seq}, false, nil
 	}
 	return m, err == nil, err
 }
 
-// message reads what identifies one message of the stream.
-func (s *Sink) message(ctx context.Context, seq uint64) (message, error) {
-	request, err := json.Marshal(map[string]uint64{"seq": seq})
-	if err != nil {
-		return message{}, fmt.Errorf("read message %d: %w", seq, err)
+// end says what the end of the stream holds, given its last sequence number. What is asked of the stream is answered by its leader:
+// a replica that answers a direct get may be behind.
+func (s *Sink) end(ctx context.Context, last uint64, known sink.Known) (sink.Tail, error) {
+	t := sink.Tail{Last: last, Exclusive: s.cfg.Exclusive}
+	if last == 0 {
+		return t, nil
 	}
-	reply, err := s.nc.RequestWithContext(ctx, "$JS.API.STREAM.MSG.GET."+s.cfg.Stream, request)
+	m, err := s.lastMessage(ctx, last)
+	switch {
+	case err == nil && !known.Audit && s.cfg.Exclusive:
+		t.Position, t.Sequence, t.ID = m.position, m.seq, m.streamedID()
+		return t, nil
+	case err != nil && !isDeleted(err) && !errors.Is(err, ErrForeign):
+		return sink.Tail{}, err
+	}
+	after := known.Sequence
+	if last < after {
+		after = 0 // the stream has forgotten what is known, and is to be gone on with from wherever it ends
+	}
+	behind := uint64(0) // messages of others behind the last one of ours
+	if err := s.scan(ctx, after, last, func(m message, _ []byte) error {
+		if m.foreign {
+			behind++
+			return nil
+		}
+		t.Position, t.Sequence, t.ID = m.position, m.seq, m.streamedID()
+		t.Foreign, behind = t.Foreign+behind, 0
+		return nil
+	}); err != nil {
+		return sink.Tail{}, err
+	}
+	if base := max(t.Sequence, known.Sequence); s.cfg.Exclusive && last > base+behind {
+		t.Removed = last - base - behind
+	}
+	return t, nil
+}
+
+func (s *Sink) lastMessage(ctx context.Context, seq uint64) (message, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	return s.message(ctx, seq)
+}
+
+// streamedID is the id of the event at the message's position, or "".
+func (m message) streamedID() string {
+	if m.origin != event.Streamed {
+		return ""
+	}
+	return m.id
+}
+
+// isDeleted reports whether a message is missing because the stream has deleted it, by its own limits or on request.
+func isDeleted(err error) bool {
+	var api *jetstream.APIError
+	return errors.As(err, &api) && api.ErrorCode == codeNoMessage
+}
+
+// lastStored returns the sequence number of the last message that the stream has not deleted, or 0.
+func (s *Sink) lastStored(ctx context.Context) (uint64, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	stream, err := s.js.Stream(ctx, s.cfg.Stream)
 	if err != nil {
-		return message{}, fmt.Errorf("read message %d: %w", seq, err)
+		return 0, err
+	}
+	state := stream.CachedInfo().State
+	if state.Msgs == 0 {
+		return 0, nil
+	}
+	if _, err := s.get(ctx, state.LastSeq); !isDeleted(err) {
+		return state.LastSeq, err
+	}
+	info, err := stream.Info(ctx, jetstream.WithDeletedDetails(true))
+	if err != nil {
+		return 0, err
+	}
+	last := info.State.LastSeq
+	for _, deleted := range slices.Backward(info.State.Deleted) {
+		if deleted != last {
+			break
+		}
+		last--
+	}
+	return last, nil
+}
+
+type storedMessage struct {
+	Headers []byte `json:"hdrs"`
+}
+
+// get asks the stream's leader for a message: a replica that answers a direct get may be behind.
+func (s *Sink) get(ctx context.Context, seq uint64) (storedMessage, error) {
+	reply, err := s.nc.RequestWithContext(ctx, "$JS.API.STREAM.MSG.GET."+s.cfg.Stream, fmt.Appendf(nil, `{"seq":%d}`, seq))
+	if err != nil {
+		return storedMessage{}, err
 	}
 	var body struct {
 		Error   *jetstream.APIError `json:"error"`
-		Message struct {
-			Seq     uint64 `json:"seq"`
-			Headers []byte `json:"hdrs"`
-		} `json:"message"`
+		Message storedMessage       `json:"message"`
 	}
 	if err := json.Unmarshal(reply.Data, &body); err != nil {
-		return message{}, fmt.Errorf("read message %d: %w", seq, err)
+		return storedMessage{}, err
 	}
 	if body.Error != nil {
-		return message{}, fmt.Errorf("read message %d: %w", seq, body.Error)
+		return storedMessage{}, body.Error
 	}
-	m := message{seq: seq}
-	if len(body.Message.Headers) > 0 {
-		headers, err := nats.DecodeHeadersMsg(body.Message.Headers)
-		if err != nil {
+	return body.Message, nil
+}
+
+// message reads what identifies one message of the stream.
+func (s *Sink) message(ctx context.Context, seq uint64) (message, error) {
+	stored, err := s.get(ctx, seq)
+	if err != nil {
+		return message{}, fmt.Errorf("read message %d: %w", seq, err)
+	}
+	var headers nats.Header
+	if len(stored.Headers) > 0 {
+		if headers, err = nats.DecodeHeadersMsg(stored.Headers); err != nil {
 			return message{}, fmt.Errorf("read message %d: %w", seq, err)
 		}
-		m.id, m.recovered = idOf(headers), headers.Get(cloudevent.HeaderOrigin) != ""
-		if text := headers.Get(cloudevent.HeaderPosition); text != "" {
-			if m.position, err = event.ParsePosition(text); err == nil {
-				return m, nil
-			}
-		}
 	}
-	return message{}, backoff.Permanent(fmt.Errorf("message %d has no position: %w: somebody else publishes to it; "+
-		"give ebb a stream of its own, or restrict who may publish", seq, ErrForeign))
+	m := identify(seq, headers)
+	if m.foreign {
+		return m, backoff.Permanent(fmt.Errorf("message %d has no position: %w: somebody else publishes to it; "+
+			"restrict who may publish, or set nats.exclusive: false", seq, ErrForeign))
+	}
+	return m, nil
+}
+
+// identify reads what identifies a message. One without a position that can be read did not come from a bridge.
+func identify(seq uint64, headers nats.Header) message {
+	m := message{seq: seq, id: idOf(headers), origin: event.Origin(headers.Get(cloudevent.HeaderOrigin))}
+	var err error
+	m.position, err = event.ParsePosition(headers.Get(cloudevent.HeaderPosition))
+	m.foreign = err != nil
+	return m
 }
 
 func idOf(headers nats.Header) string {
@@ -200,39 +297,60 @@ func idOf(headers nats.Header) string {
 	return string(cloudevent.AppendDecoded(nil, headers.Get("ce-id")))
 }
 
-// ScanIDs calls fn with the id of every message behind a sequence number.
-func (s *Sink) ScanIDs(ctx context.Context, after uint64, fn func(id []byte)) error {
-	last := s.last.seq
+// Scan calls fn with every event that the stream holds behind a sequence number.
+func (s *Sink) Scan(ctx context.Context, after uint64, fn func(sink.Stored) error) error {
+	return s.scan(ctx, after, s.last.seq, func(m message, data []byte) error {
+		if m.foreign {
+			return nil
+		}
+		return fn(sink.Stored{Sequence: m.seq, Position: m.position, Origin: m.origin, ID: []byte(m.id), Payload: data})
+	})
+}
+
+// scan calls fn with every message that the stream holds behind sequence number after, up to last. It does not ask for the headers
+// alone: a message without content that has a producer's header "Status" is taken for the end of the scan.
+func (s *Sink) scan(ctx context.Context, after, last uint64, fn func(message, []byte) error) error {
 	if after >= last {
 		return nil
+	}
+	scanning := func(err error) error { return fmt.Errorf("scan stream %q: %w", s.cfg.Stream, err) }
+	// How far to read is not taken from the consumer, which may be on a replica that is behind.
+	newest, err := s.lastStored(ctx)
+	if err != nil {
+		return scanning(err)
+	}
+	if newest <= after {
+		return nil // the stream has deleted them all
 	}
 	consumer, err := s.js.OrderedConsumer(ctx, s.cfg.Stream, jetstream.OrderedConsumerConfig{
 		DeliverPolicy: jetstream.DeliverByStartSequencePolicy,
 		OptStartSeq:   after + 1,
 	})
 	if err != nil {
-		return fmt.Errorf("scan stream %q: %w", s.cfg.Stream, err)
-	}
-	if info := consumer.CachedInfo(); info != nil && info.NumPending == 0 && info.Delivered.Consumer == 0 {
-		return nil // the stream has deleted them all
+		return scanning(err)
 	}
 	messages, err := consumer.Messages()
 	if err != nil {
-		return fmt.Errorf("scan stream %q: %w", s.cfg.Stream, err)
+		return scanning(err)
 	}
 	defer messages.Stop()
 	defer context.AfterFunc(ctx, messages.Stop)()
 	for {
 		m, err := messages.Next(jetstream.NextMaxWait(scanTimeout))
 		if err != nil {
-			return fmt.Errorf("scan stream %q: %w", s.cfg.Stream, err)
+			return errors.Join(ctx.Err(), scanning(err))
 		}
 		meta, err := m.Metadata()
 		if err != nil {
-			return fmt.Errorf("scan stream %q: %w", s.cfg.Stream, err)
+			return scanning(err)
 		}
-		fn([]byte(idOf(m.Headers())))
-		if meta.Sequence.Stream >= last || meta.NumPending == 0 {
+		if meta.Sequence.Stream > last {
+			return nil
+		}
+		if err := fn(identify(meta.Sequence.Stream, m.Headers()), m.Data()); err != nil {
+			return err
+		}
+		if meta.Sequence.Stream == last || meta.Sequence.Stream >= newest {
 			return nil
 		}
 	}

@@ -41,7 +41,7 @@ func newFixture(t *testing.T, h Harness) *fixture {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	f := &fixture{t: t, h: h, rand: rand.New(rand.NewPCG(seed, 0)),
-		known: sink.Known{SystemIdentifier: "7300000000000000001", Database: "app", Slot: "ebb"}}
+		known: sink.Known{Source: sink.Source{SystemIdentifier: "7300000000000000001", Database: "app", Slot: "ebb"}}}
 	f.sink = h.New(t)
 	t.Cleanup(f.close)
 	return f

@@ -121,28 +121,9 @@ COMMENT ON FUNCTION ebb.put(text, text, text, jsonb) IS 'Puts an event, whose pa
 -- The first tick that can see a transaction is found without reading the ticks before it.
 CREATE INDEX tick_xmax ON ebb.tick (pg_snapshot_xmax(snapshot), id);
 
-CREATE VIEW ebb.events AS
-SELECT b.id, b.topic, b.key, b.payload, b.headers, b.created_at,
-       (SELECT t.delivered_at FROM ebb.tick t
-        WHERE t.system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-          AND pg_snapshot_xmax(t.snapshot) > b.xid AND pg_visible_in_snapshot(b.xid, t.snapshot)
-        ORDER BY pg_snapshot_xmax(t.snapshot), t.id LIMIT 1) AS recorded_at
-FROM ebb.buffer b;
-COMMENT ON VIEW ebb.events IS 'Events of the buffer, with the time at which their delivery was recorded.';
-
-CREATE VIEW ebb.backlog AS
-SELECT b.id, b.topic, b.key, b.payload, b.headers, b.created_at, clock_timestamp() - b.created_at AS age
-FROM ebb.buffer b
-WHERE coalesce(NOT pg_visible_in_snapshot(b.xid, (
-    SELECT t.snapshot FROM ebb.tick t
-    WHERE t.system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-    ORDER BY t.id DESC LIMIT 1)), true);
-COMMENT ON VIEW ebb.backlog IS 'Events that are not recorded as delivered.';
-
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA ebb FROM PUBLIC;
 GRANT USAGE ON SCHEMA ebb TO ebb_producer, ebb_bridge;
 GRANT INSERT (topic, key, payload, headers) ON ebb.buffer TO ebb_producer;
 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA ebb TO ebb_producer;
-GRANT SELECT ON ebb.events, ebb.backlog TO ebb_producer, ebb_bridge;
 GRANT SELECT ON ebb.buffer, ebb.migration, ebb.identity TO ebb_bridge;
 GRANT SELECT, INSERT, UPDATE, DELETE ON ebb.slot, ebb.tick TO ebb_bridge;

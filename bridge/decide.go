@@ -1,0 +1,394 @@
+package bridge
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"strings"
+
+	"ebb/decode"
+	"ebb/event"
+	"ebb/replication"
+	"ebb/sink"
+	"ebb/sql"
+)
+
+var (
+	// ErrGap says that the destination has forgotten what it acknowledged, and that it cannot be filled in again.
+	ErrGap = errors.New("gap in the stream")
+	// ErrOtherSource says that the destination belongs to another source.
+	ErrOtherSource = errors.New("the stream belongs to another source")
+	// ErrLost says that the destination holds events that this database does not have: either it has lost them, or it is a copy.
+	ErrLost = errors.New("the stream holds events that this database does not have")
+	// ErrForeign says that the destination holds something else than what was delivered to it.
+	ErrForeign = errors.New("the stream holds something else than what was delivered to it")
+)
+
+// facts are all that counts for how a bridge that has taken the lead goes on.
+type facts struct {
+	destination string
+	source      sink.Source
+	// adopt and acceptGap are what the operator has said.
+	adopt, acceptGap bool
+	// doubt is what the last attempt to stream has found, if that says that the slot or the destination is not what it seems.
+	doubt doubt
+
+	system replication.System
+	// switches end the timelines before the system's.
+	switches []replication.Switch
+	// flushed is how far the log is on the server's disk.
+	flushed     event.LSN
+	publication string // its mark
+
+	record sql.SlotRecord
+	slot   replication.Slot
+	exists bool // the slot does
+
+	// newest is the newest tick, and tick is as well if ticked, which says that it is for this destination; delivered says that there ever
+	// was one for it.
+	newest, tick      sql.Tick
+	ticked, delivered bool
+
+	// remembers says that the destination knows what it holds, of which tail is the end.
+	remembers bool
+	tail      sink.Tail
+	// held is the newest tick that the destination still reaches, if holds, and reach says that the buffer has all rows that came
+	// behind it. They are looked for when the destination has forgotten something.
+	held         sql.Tick
+	holds, reach bool
+	// lost are events that the destination holds and this database does not. They are looked for when the database's history has changed.
+	lost []lostEvent
+}
+
+type lostEvent struct {
+	id       string
+	position event.Position
+	seq      uint64
+}
+
+// doubt is what an attempt to stream has found.
+type doubt int
+
+const (
+	noDoubt doubt = iota
+	// miscounted: the slot has another number of events than the destination holds. Its messages are to be looked at.
+	miscounted
+	// mistrusted: that was done, and it is so still.
+	mistrusted
+	// mispositioned: other events come by than the destination holds.
+	mispositioned
+)
+
+// after is the doubt that follows from how an attempt to stream has ended.
+func (d doubt) after(err error) doubt {
+	switch {
+	case errors.Is(err, decode.ErrPositions):
+		return mispositioned
+	case errors.Is(err, decode.ErrCount) && d == noDoubt:
+		return miscounted
+	case errors.Is(err, decode.ErrCount):
+		return mistrusted
+	}
+	return d
+}
+
+// action is what a bridge does next.
+type action int
+
+const (
+	actStream  action = iota // go on behind skip
+	actRaise                 // begin a new epoch
+	actRewind                // take back ticks that are no longer true
+	actMake                  // make the slot anew
+	actRecover               // deliver the rows from before the slot
+	actHalt                  // give up, with err
+)
+
+// step is an action with what it needs. Each is stored as a whole, so that a bridge which is killed finds the facts as they were before
+// the step or after it.
+type step struct {
+	action action
+	why    string
+
+	raise sql.Raise
+	// tick is the last one that is kept; slotHolds says that the slot has all that came behind it.
+	tick      int64
+	slotHolds bool
+	skip      decode.Skip
+	// last is the last delivered event.
+	last sink.Progress
+	err  error
+}
+
+func halt(err error) step { return step{action: actHalt, err: err} }
+
+// decide says what a bridge that has taken the lead does next. It is asked again after every step until it says to stream.
+func decide(f *facts) step {
+	for _, rule := range []func(*facts) (step, bool){
+		whoseStream, whichHistory, whatIsForgotten, whatIsForeign, whichSlot,
+	} {
+		if s, ok := rule(f); ok {
+			return s
+		}
+	}
+	if !f.record.Done {
+		return step{action: actRecover}
+	}
+	return f.stream()
+}
+
+// whoseStream keeps a bridge from delivering into a stream that another source fills, such as production's from a copy of its database.
+func whoseStream(f *facts) (step, bool) {
+	if !f.remembers {
+		return step{}, false
+	}
+	unknown := f.tail.Source == sink.Source{}
+	var theirs string
+	switch {
+	case !unknown && f.tail.Source != f.source:
+		theirs = f.tail.Source.String()
+	case unknown && f.tail.Sequence > 0 && !f.delivered && f.record.Destination != f.destination:
+		// Made by hand, and filled by a bridge that was not this one's.
+		theirs = "unknown, " + f.destination
+	default:
+		return step{}, false
+	}
+	if f.record.Adopted == theirs {
+		return step{}, false
+	}
+	if !f.adopt {
+		return halt(fmt.Errorf("%w: it was made for %s, and this is %s. Name a stream of its own (nats.stream); or, if this database is to go "+
+			"on with it in place of the other one, stop that and start once with ebb run --adopt", ErrOtherSource, theirs, f.source)), true
+	}
+	s := f.diverge("adopted a stream of another source")
+	s.raise.Adopted = theirs
+	return s, true
+}
+
+// whichHistory finds out whether this is the database that it was: a restored or copied one, or a standby that was promoted, may lack
+// transactions that were delivered, and its LSNs mean other places.
+func whichHistory(f *facts) (step, bool) {
+	epoch := f.record.Epochs.Last()
+	switch {
+	case f.system.ID != f.record.SystemIdentifier:
+		what := fmt.Sprintf("slot %q was made on cluster %s and this is cluster %s: a restored or copied database", f.record.Name,
+			f.record.SystemIdentifier, f.system.ID)
+		if f.remembers && f.tail.Last == 0 {
+			s := f.diverge(what)
+			s.raise.Diverged = false // from an empty stream
+			return s, true
+		}
+		if !f.adopt {
+			return halt(fmt.Errorf("%w: %s. If this is the one to go on with, stop the other one and start once with ebb run --adopt", ErrSetup, what)), true
+		}
+		return f.diverge(what), true
+
+	case f.system.Timeline != f.record.Timeline:
+		at, ok := f.switchPoint()
+		switch {
+		case !ok && !f.adopt:
+			return halt(fmt.Errorf("%w: slot %q was made on timeline %d, which is not in the history of this one, %d. If this database is the one "+
+				"to go on with, stop the other one and start once with ebb run --adopt", ErrLost, f.record.Name, f.record.Timeline, f.system.Timeline)), true
+		case !ok:
+			return f.diverge(fmt.Sprintf("adopted timeline %d", f.system.Timeline)), true
+		case len(f.lost) > 0 && !f.adopt:
+			return halt(f.lostError(fmt.Sprintf("timeline %d was left at %s", f.record.Timeline, at))), true
+		case len(f.lost) > 0:
+			return f.diverge(fmt.Sprintf("adopted timeline %d", f.system.Timeline)), true
+		}
+		s := f.raise(fmt.Sprintf("promotion to timeline %d", f.system.Timeline), at)
+		// A slot that was on the standby holds what is needed if the primary's was copied there, or if it begins where a tick says that
+		// everything was delivered.
+		s.raise.Remake = !f.usable() || !f.slot.Synced && f.slot.ConfirmedFlush > f.newest.LSN
+		return s, true
+
+	case !f.remembers:
+		return step{}, false
+
+	case f.tail.Position.Epoch > epoch:
+		if !f.adopt {
+			return halt(fmt.Errorf("%w: its last event is of epoch %d and this database is in epoch %d, so that another one, restored, copied or "+
+				"promoted, has gone on with it. If this database is the one to go on with, stop the other one and start once with ebb run --adopt",
+				ErrLost, f.tail.Position.Epoch, epoch)), true
+		}
+		return f.diverge("adopted a stream of a later epoch"), true
+
+	case f.tail.Position.Epoch == epoch && f.tail.Position.Commit >= f.flushed && f.tail.Position.Commit > 0:
+		if !f.adopt {
+			return halt(f.lostError(fmt.Sprintf("its log ends at %s", f.flushed))), true
+		}
+		return f.diverge("adopted by a database whose log ends earlier"), true
+
+	case f.doubt == mispositioned && f.adopt:
+		return f.diverge("adopted by a database of another history"), true
+	}
+	return step{}, false
+}
+
+// switchPoint returns where the history of the server has left the timeline that the record is of.
+func (f *facts) switchPoint() (event.LSN, bool) {
+	for _, s := range f.switches {
+		if s.Timeline == f.record.Timeline {
+			return s.LSN, true
+		}
+	}
+	return 0, false
+}
+
+// raise begins a new epoch at an LSN.
+func (f *facts) raise(why string, from event.LSN) step {
+	number := max(f.record.Epochs.Last(), f.tail.Position.Epoch) + 1
+	return step{action: actRaise, why: why, raise: sql.Raise{
+		Epoch:            event.Epoch{Number: number, From: from},
+		SystemIdentifier: f.system.ID,
+		Timeline:         f.system.Timeline,
+		Reason:           why,
+	}}
+}
+
+// diverge begins a new epoch in which nothing is taken for delivered because of its position: the slot is made anew, and the rows that no
+// tick of this database has recorded are compared with the events in the destination.
+func (f *facts) diverge(why string) step {
+	s := f.raise(why, 0)
+	s.raise.Remake, s.raise.Diverged = true, true
+	return s
+}
+
+// maxListed is how many events an error lists.
+const maxListed = 10
+
+func (f *facts) lostError(why string) error {
+	var list strings.Builder
+	for i, e := range f.lost {
+		if i == maxListed {
+			fmt.Fprintf(&list, " and %d more", len(f.lost)-maxListed)
+			break
+		}
+		fmt.Fprintf(&list, " %s at %s (sequence %d)", e.id, e.position, e.seq)
+		if i+1 < min(len(f.lost), maxListed) {
+			list.WriteByte(',')
+		}
+	}
+	return fmt.Errorf("%w: %s, and %d events were delivered from behind that:%s. Either this is a copy, which must not publish there, or transactions "+
+		"were lost that had been delivered. To go on from this database, stop the other one and start once with ebb run --adopt", ErrLost, why,
+		len(f.lost), list.String())
+}
+
+// forgot reports whether the destination holds less than was recorded.
+func (f *facts) forgot() bool {
+	if !f.remembers {
+		return false
+	}
+	if f.ticked && f.tail.Last < f.tick.StreamSeq {
+		return true
+	}
+	return !f.record.Done && f.record.Destination == f.destination && f.tail.Last < f.record.RecoveredSeq
+}
+
+// endPosition is the position at which the destination ends, for finding the ticks that it reaches.
+func (f *facts) endPosition() event.Position {
+	if f.tail.Sequence == 0 && f.tail.Last > 0 {
+		return event.Position{Epoch: math.MaxUint32} // nothing is left that would tell
+	}
+	return f.tail.Position
+}
+
+// whatIsForgotten has a destination filled in again that has lost what it acknowledged.
+func whatIsForgotten(f *facts) (step, bool) {
+	if !f.forgot() {
+		return step{}, false
+	}
+	forgotten := max(f.tick.StreamSeq, f.record.RecoveredSeq) - f.tail.Last
+	what := fmt.Sprintf("it ends at sequence %d, position %s, and had acknowledged sequence %d, position %s, so that %d messages are forgotten",
+		f.tail.Last, f.tail.Position, f.tick.StreamSeq, f.tick.Position, forgotten)
+	s := step{action: actRewind, why: what, tick: f.held.ID}
+	s.slotHolds = f.record.Done && f.usable() && f.holds && f.slot.ConfirmedFlush <= f.held.LSN
+	if !s.slotHolds && !f.reach && !f.acceptGap {
+		return halt(fmt.Errorf("%w: %s, and rows that were among them have been removed from the buffer since. Restore the stream from a backup; or go "+
+			"on with what the buffer still has, and without the rest, by starting once with ebb run --accept-gap", ErrGap, what)), true
+	}
+	return s, true
+}
+
+// whatIsForeign finds out whether the destination was given something else than what was delivered.
+func whatIsForeign(f *facts) (step, bool) {
+	if !f.remembers || !f.ticked || f.tail.Sequence < f.tick.StreamSeq || f.tail.Sequence == 0 {
+		return step{}, false
+	}
+	c := f.tail.Position.Compare(f.tick.Position)
+	if c > 0 || c == 0 && f.tail.Sequence >= f.tick.StreamSeq {
+		return step{}, false
+	}
+	return halt(fmt.Errorf("%w: its message %d is event %q at %s, and position %s was delivered in message %d. Give ebb a stream of its own "+
+		"(nats.stream), and restrict who may publish to it", ErrForeign, f.tail.Sequence, f.tail.ID, f.tail.Position, f.tick.Position,
+		f.tick.StreamSeq)), true
+}
+
+// usable reports whether there is a slot that ebb has made, and that can be read.
+func (f *facts) usable() bool {
+	return f.exists && f.record.Made && !f.slot.Lost() && f.slot.Plugin == replication.Plugin
+}
+
+// whichSlot has a slot made that is missing, cannot be read any more, or has passed over rows.
+func whichSlot(f *facts) (step, bool) {
+	why := ""
+	switch {
+	case !f.exists:
+		why = "the slot does not exist"
+	case f.slot.Plugin != replication.Plugin:
+		why = "somebody has made another slot, with plugin " + f.slot.Plugin
+	case f.slot.Invalidated != "":
+		why = "the server has invalidated it: " + f.slot.Invalidated
+	case f.slot.Lost():
+		why = "the server has removed the log that it needs (max_slot_wal_keep_size)"
+	case !f.record.Made:
+		if why = f.record.MadeBecause; why == "" {
+			why = "it was not made to the end"
+		}
+	case f.record.Publication != "" && f.record.Publication != f.publication:
+		why = "its publication was changed, so that it may have passed over rows"
+	case f.doubt == mistrusted && f.ticked && f.slot.ConfirmedFlush > f.tick.LSN,
+		f.counted() && f.eventsSinceTick() > 0 && f.tail.Position.Commit < f.slot.ConfirmedFlush:
+		why = "it begins behind events that no tick has recorded, so that somebody must have made another one or moved it"
+	default:
+		return step{}, false
+	}
+	return step{action: actMake, why: why}, true
+}
+
+// counted reports whether sequence numbers tell how many events the slot must bring that the destination holds already.
+func (f *facts) counted() bool {
+	return f.remembers && f.tail.Exclusive && f.record.Done && f.ticked && !f.acceptGap && f.tail.Sequence >= f.tick.StreamSeq &&
+		f.tick.Epoch == f.record.Epochs.Last()
+}
+
+// eventsSinceTick is how many events the destination holds behind the newest tick.
+func (f *facts) eventsSinceTick() uint64 { return f.tail.Sequence - f.tick.StreamSeq - f.tail.Foreign }
+
+// stream goes on with the slot, behind what the destination holds.
+func (f *facts) stream() step {
+	if f.doubt == mistrusted && !f.acceptGap {
+		return halt(fmt.Errorf("%w: behind sequence %d, position %s, it does not hold what the slot has. Somebody else publishes to it: give ebb a "+
+			"stream of its own, restrict who may publish, or set nats.exclusive: false. To go on with it as it is, start once with ebb run "+
+			"--accept-gap", ErrForeign, f.tick.StreamSeq, f.tick.Position))
+	}
+	s := step{action: actStream, skip: decode.Skip{Through: f.tail.Position, ID: f.tail.ID}}
+	s.last = sink.Progress{Position: f.tail.Position, Sequence: f.tail.Sequence}
+	if f.ticked && (f.remembers && f.tail.Sequence < f.tick.StreamSeq || f.tail.Position.Compare(f.tick.Position) < 0) {
+		// The destination has removed the last event that was recorded, by its own limits.
+		s.skip.Through, s.skip.ID = f.tick.Position, ""
+		s.last = sink.Progress{Position: f.tick.Position, Sequence: f.tick.StreamSeq}
+	}
+	if !f.remembers {
+		return s
+	}
+	if f.ticked {
+		s.skip.More = f.tail.Removed
+	}
+	commit := s.skip.Through.Commit
+	s.skip.Comes = commit > 0 && commit >= f.slot.ConfirmedFlush && f.record.Epochs.At(commit) == s.skip.Through.Epoch
+	if f.counted() {
+		s.skip.Counted, s.skip.Since, s.skip.Count = true, f.tick.Position, f.eventsSinceTick()
+	}
+	return s
+}

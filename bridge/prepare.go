@@ -1,0 +1,237 @@
+package bridge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+
+	"ebb/event"
+	"ebb/replication"
+	"ebb/sink"
+	"ebb/sql"
+)
+
+// maxSteps bounds the steps before a stream: every one of them is taken once at most, but for a recovery that a destination interrupts by
+// forgetting again.
+const maxSteps = 16
+
+// prepare looks and takes a step, again and again, until there is nothing left to do but to stream. It may be interrupted anywhere.
+func (l *leader) prepare(ctx context.Context) (step, error) {
+	for range maxSteps {
+		f, err := l.look(ctx)
+		if err != nil {
+			return step{}, err
+		}
+		s := decide(f)
+		if s.action == actStream {
+			l.sayForeign(f)
+			l.slot, l.before = f.slot, f.newest.Events
+			if f.remembers && f.slot.ConfirmedFlush > f.newest.LSN {
+				l.witness = newWitness(f.newest.Snapshot)
+			}
+			return s, nil
+		}
+		if err := l.act(ctx, f, s); err != nil {
+			return step{}, err
+		}
+	}
+	return step{}, errors.New("the preparations for streaming come to no end")
+}
+
+// act takes one step.
+func (l *leader) act(ctx context.Context, f *facts, s step) error {
+	switch s.action {
+	case actHalt:
+		return &haltError{s.err}
+	case actRaise:
+		l.Logger.Warn("beginning a new epoch", "slot", l.Slot, "epoch", s.raise.Epoch.Number, "from", s.raise.Epoch.From, "because", s.why,
+			"remake_slot", s.raise.Remake)
+		*l.doubt = noDoubt // of what was before
+		return sql.RaiseEpoch(ctx, l.db, l.record, s.raise)
+	case actRewind:
+		l.Logger.Warn("the stream has forgotten what it acknowledged; delivering it again", "because", s.why, "from_slot", s.slotHolds)
+		return sql.Rewind(ctx, l.db, l.record, s.tick, s.slotHolds, "the stream had forgotten what it acknowledged")
+	case actMake:
+		l.Logger.Warn("the slot is lost; making it anew and delivering from the buffer what it held", "slot", l.Slot, "because", s.why,
+			"times_made", l.record.MadeTimes)
+		*l.doubt = noDoubt
+		var err error
+		l.record, err = makeSlot(ctx, l.db, l.conn, &l.Config, l.system, s.why)
+		return err
+	case actRecover:
+		return l.recover(ctx, f)
+	}
+	return fmt.Errorf("no such action: %d", s.action)
+}
+
+// haltError is what waiting cannot mend.
+type haltError struct{ err error }
+
+func (e *haltError) Error() string { return e.err.Error() }
+func (e *haltError) Unwrap() error { return e.err }
+
+// look collects the facts.
+func (l *leader) look(ctx context.Context) (*facts, error) {
+	f := &facts{destination: l.Destination, adopt: l.Adopt, acceptGap: l.AcceptGap, doubt: *l.doubt, system: l.system}
+	var err error
+	if f.record, err = sql.ReadSlot(ctx, l.db, l.Slot); err != nil {
+		return nil, fmt.Errorf("%w: %w; run ebb setup", ErrSetup, err)
+	}
+	if f.record.Term != l.record.Term {
+		return nil, fmt.Errorf("slot %q: %w", l.Slot, sql.ErrSuperseded)
+	}
+	l.record = f.record
+	f.source = sink.Source{SystemIdentifier: l.system.ID, Database: l.system.Database, Slot: l.Slot, Buffer: f.record.Buffer}
+	publication, err := sql.ReadPublication(ctx, l.db, l.Publication)
+	if err == nil {
+		err = publication.Check()
+	}
+	if err != nil {
+		return nil, err
+	}
+	f.publication = publication.Mark
+	if err := l.lookAtSlot(ctx, f); err != nil {
+		return nil, err
+	}
+	if f.flushed, err = replication.FlushedTo(ctx, l.db); err != nil {
+		return nil, err
+	}
+	if f.system.Timeline != f.record.Timeline {
+		if f.switches, err = l.conn.History(ctx, f.system.Timeline); err != nil {
+			return nil, err
+		}
+	}
+	if f.system.ID == f.record.SystemIdentifier { // the ticks of another cluster mean nothing in this one
+		if err := l.lookAtTicks(ctx, f); err != nil {
+			return nil, err
+		}
+	}
+	return f, l.lookAtDestination(ctx, f)
+}
+
+// lookAtSlot finds out what there is of the slot. A bridge that was the leader may still stream from it: that is ended.
+func (l *leader) lookAtSlot(ctx context.Context, f *facts) error {
+	for {
+		slot, err := replication.InspectSlot(ctx, l.db, l.Slot)
+		if errors.Is(err, replication.ErrNoSlot) {
+			f.exists = false
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := slot.Ours(l.system.Database); err != nil {
+			return err
+		}
+		f.slot, f.exists = slot, true
+		if !slot.Active {
+			return nil
+		}
+		// A walsender that ends at this moment is active still and has no name any more.
+		if slot.ActiveName != "" && slot.ActiveName != l.Slot {
+			return fmt.Errorf("%w: slot %q is in use by pid %d (%s), which is no bridge: stop that", replication.ErrForeignSlot, l.Slot,
+				slot.ActivePID, slot.ActiveName)
+		}
+		l.Logger.Info("ending the stream of the bridge that led before", "slot", l.Slot, "pid", slot.ActivePID)
+		ending, cancel := context.WithTimeout(ctx, endTimeout)
+		err = replication.EndWalsender(ending, l.db, l.Slot, slot.ActivePID)
+		cancel()
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// lookAtTicks finds the newest tick, if it is of this destination.
+func (l *leader) lookAtTicks(ctx context.Context, f *facts) error {
+	tick, ok, err := sql.LastTick(ctx, l.db, f.record)
+	if err != nil {
+		return err
+	}
+	if f.newest = tick; ok && tick.Destination == l.Destination {
+		f.tick, f.ticked = tick, true
+	}
+	f.delivered, err = sql.HasDelivered(ctx, l.db, f.record, l.Destination)
+	return err
+}
+
+// lookAtDestination asks the destination what it holds, and what else has to be known if that does not fit.
+func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
+	var scanner sink.Scanner
+	scanner, f.remembers = l.Sink.(sink.Scanner)
+	known := sink.Known{Source: f.source, Position: f.tick.Position, Sequence: max(f.tick.StreamSeq, l.recoveredSeq(f)), Audit: f.doubt >= miscounted}
+	var err error
+	if f.tail, err = l.Sink.Resume(ctx, known); err != nil {
+		return &sinkError{err}
+	}
+	if !f.remembers {
+		return nil
+	}
+	if f.forgot() {
+		if f.held, f.holds, err = sql.TickAt(ctx, l.db, f.record, l.Destination, f.tail.Last, f.endPosition()); err != nil {
+			return err
+		}
+		f.reach, err = sql.Reach(ctx, l.db, f.record, f.held.ID)
+		return err
+	}
+	at, switched := f.switchPoint()
+	if f.system.ID != f.record.SystemIdentifier || !switched && f.tail.Position.Commit < f.flushed {
+		return nil
+	}
+	if !switched {
+		at = f.flushed
+	}
+	f.lost, err = l.lostEvents(ctx, scanner, f, at)
+	return err
+}
+
+func (l *leader) recoveredSeq(f *facts) uint64 {
+	if f.record.Done || f.record.Destination != l.Destination {
+		return 0
+	}
+	return f.record.RecoveredSeq
+}
+
+// lostEvents returns the events behind the newest tick that the destination holds and this database does not have: of transactions that
+// committed at or behind an LSN, and those without a row. Rows that no tick has recorded are never removed.
+func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts, at event.LSN) ([]lostEvent, error) {
+	var lost []lostEvent
+	others := map[int64]lostEvent{}
+	var ids []int64
+	err := scanner.Scan(ctx, f.tick.StreamSeq, func(m sink.Stored) error {
+		e := lostEvent{id: string(m.ID), position: m.Position, seq: m.Sequence}
+		if m.Origin == event.Streamed && m.Position.Epoch == f.record.Epochs.Last() && m.Position.Commit >= at {
+			lost = append(lost, e)
+			return nil
+		}
+		if id, err := strconv.ParseInt(e.id, 10, 64); err == nil {
+			others[id] = e
+			ids = append(ids, id)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, &sinkError{err}
+	}
+	missing, err := sql.MissingRows(ctx, l.db, ids)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range missing {
+		lost = append(lost, others[id])
+	}
+	return lost, nil
+}
+
+// sayForeign warns of messages of others in a stream that is to be the bridge's own.
+func (l *leader) sayForeign(f *facts) {
+	if !f.remembers || !f.tail.Exclusive {
+		return
+	}
+	behind := f.tail.Last - max(f.tail.Sequence, min(f.tick.StreamSeq, f.tail.Last)) - f.tail.Removed
+	if n := f.tail.Foreign + behind; n > 0 && f.ticked {
+		l.Logger.Warn("others publish to the stream; nothing of the bridge's is missing between their messages. Restrict who may publish, or set "+
+			"nats.exclusive: false", "messages", n)
+	}
+}

@@ -1,0 +1,157 @@
+package bridge
+
+import (
+	"context"
+	"hash/maphash"
+	"strconv"
+
+	"github.com/jackc/pgx/v5/pgtype"
+
+	"ebb/decode"
+	"ebb/event"
+	"ebb/sink"
+	"ebb/sql"
+)
+
+// recoverBytes is about how much content a page of recovered rows holds.
+const recoverBytes = 1 << 20
+
+// recover delivers the rows that were in the buffer before the slot was. It may be interrupted anywhere: what the sink holds by then is not
+// delivered again, if the sink can tell. When the sink turns out to have forgotten what was just delivered, it returns early, without an
+// error: the facts are others then.
+func (l *leader) recover(ctx context.Context, f *facts) error {
+	seq := f.tail.Last
+	if l.record.Destination != l.Destination {
+		if err := sql.BeginRecovery(ctx, l.db, l.record, l.Destination, seq); err != nil {
+			return err
+		}
+	}
+	held, err := l.heldEvents(ctx)
+	if err != nil {
+		return err
+	}
+	if f.tail.Removed > 0 && f.ticked {
+		l.Logger.Warn("the stream has removed messages before it could be compared with the buffer; rows that were among them are delivered again",
+			"messages", f.tail.Removed)
+	}
+	position := f.tail.Position
+	for {
+		if err := l.at("page"); err != nil {
+			return err
+		}
+		rows, err := sql.RowsToRecover(ctx, l.db, l.Slot, l.record.RecoveredID, recoverBytes)
+		if err != nil {
+			return err
+		}
+		if len(rows) == 0 {
+			break
+		}
+		tail, err := l.Sink.Resume(ctx, sink.Known{Source: f.source, Position: position, Sequence: seq})
+		if err != nil {
+			return &sinkError{err}
+		}
+		if f.remembers && tail.Last < seq {
+			return nil
+		}
+		if position = tail.Position; position.IsZero() {
+			position.Epoch = l.record.Epochs.Last()
+		}
+		n, last, err := l.recoverPage(ctx, position, rows, held)
+		if err != nil {
+			return err
+		}
+		seq = max(seq, last)
+		l.record.RecoveredID = rows[len(rows)-1].ID
+		l.record.Recovered += int64(n)
+		if err := l.at("delivered page"); err != nil {
+			return err
+		}
+		if err := sql.Recovered(ctx, l.db, l.record, l.record.RecoveredID, n, seq); err != nil {
+			return err
+		}
+	}
+	if err := sql.RecoveryDone(ctx, l.db, l.record, l.Destination, position, seq); err != nil {
+		return err
+	}
+	if l.record.Recovered > 0 {
+		l.Logger.Info("delivered the rows from before the slot", "slot", l.Slot, "events", l.record.Recovered)
+	}
+	return nil
+}
+
+// holdings are the events that the sink holds, among those that are still to be recovered.
+type holdings struct {
+	ids idSet
+	// payloads are digests of the events' content, kept where an id alone does not say that it is the same event.
+	payloads map[int64]uint64
+	seed     maphash.Seed
+}
+
+func (h *holdings) hold(row *sql.Row) bool {
+	if !h.ids.has(row.ID) {
+		return false
+	}
+	return h.payloads == nil || h.payloads[row.ID] == maphash.Bytes(h.seed, row.Payload)
+}
+
+// heldEvents finds out which events the sink holds that are to be recovered.
+func (l *leader) heldEvents(ctx context.Context) (*holdings, error) {
+	h := &holdings{ids: idSet{}, seed: maphash.MakeSeed()}
+	scanner, ok := l.Sink.(sink.Scanner)
+	if !ok {
+		return h, nil
+	}
+	floor, err := sql.RecoveryFloor(ctx, l.db, l.Slot, l.Destination)
+	if err != nil {
+		return nil, err
+	}
+	if l.record.Diverged {
+		h.payloads = map[int64]uint64{}
+	}
+	err = scanner.Scan(ctx, floor, func(m sink.Stored) error {
+		id, err := strconv.ParseInt(string(m.ID), 10, 64)
+		if err != nil || id <= l.record.RecoveredID {
+			return nil
+		}
+		h.ids.add(id)
+		if h.payloads != nil {
+			h.payloads[id] = maphash.Bytes(h.seed, m.Payload)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, &sinkError{err}
+	}
+	return h, nil
+}
+
+// recoverPage delivers those of the rows that the sink does not hold. It returns how many they were, and the sequence number of the last one.
+func (l *leader) recoverPage(ctx context.Context, position event.Position, rows []sql.Row, held *holdings) (int, uint64, error) {
+	managed := decode.Managed()
+	batch := event.NewBatch()
+	for i := range rows {
+		row := &rows[i]
+		if held.hold(row) {
+			continue
+		}
+		if err := managed.AppendRow(batch, decode.Row{
+			ID: strconv.AppendInt(nil, row.ID, 10), Topic: row.Topic, Key: row.Key, Payload: row.Payload, Headers: row.Headers,
+			PayloadType: pgtype.JSONOID, Time: row.CreatedAt, Position: position,
+		}); err != nil {
+			return 0, 0, err
+		}
+	}
+	n := len(batch.Events)
+	if n == 0 {
+		batch.Release()
+		return 0, 0, nil
+	}
+	in := make(chan *event.Batch, 1)
+	in <- batch
+	close(in)
+	var seq uint64
+	if err := l.Sink.Run(ctx, in, func(p sink.Progress) { seq = p.Sequence }); err != nil {
+		return 0, 0, &sinkError{err}
+	}
+	return n, seq, nil
+}

@@ -1,0 +1,29 @@
+package event
+
+// Epoch is a stretch of one source's history in which LSNs only rise.
+type Epoch struct {
+	Number uint32
+	// From is the LSN from which on transactions, by the LSN of their commit record, belong to this epoch and not to one before it.
+	From LSN
+}
+
+// Epochs are the epochs of a source, in order of their numbers.
+type Epochs []Epoch
+
+// At returns the number of the epoch that a transaction belongs to: the highest one that does not begin behind its commit record.
+func (e Epochs) At(commit LSN) uint32 {
+	for i := len(e) - 1; i >= 0; i-- {
+		if e[i].From <= commit {
+			return e[i].Number
+		}
+	}
+	return 0
+}
+
+// Last returns the number of the current epoch, or 0 when there is none.
+func (e Epochs) Last() uint32 {
+	if len(e) == 0 {
+		return 0
+	}
+	return e[len(e)-1].Number
+}

@@ -1,0 +1,73 @@
+-- An epoch holds from an LSN on: LSNs of another cluster or timeline are other places, and what is sent again after a reset of
+-- the position is sent in an epoch of its own.
+CREATE TABLE ebb.epoch (
+    slot              text NOT NULL,
+    epoch             integer NOT NULL,
+    from_lsn          pg_lsn NOT NULL,
+    system_identifier text NOT NULL,
+    timeline          integer NOT NULL,
+    reason            text NOT NULL,
+    raised_at         timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (slot, epoch)
+);
+COMMENT ON TABLE ebb.epoch IS 'The epoch of a transaction is the highest one whose from_lsn is not behind its commit LSN.';
+
+INSERT INTO ebb.epoch (slot, epoch, from_lsn, system_identifier, timeline, reason)
+SELECT name, epoch, '0/0', system_identifier, timeline, 'setup' FROM ebb.slot;
+
+ALTER TABLE ebb.slot
+    -- Rises with each bridge that takes the lead, so that one before it, frozen and woken up, can record nothing any more.
+    ADD COLUMN term bigint NOT NULL DEFAULT 0,
+    -- What the publication looked like when the slot was made. One that was changed since may have had rows passed over.
+    ADD COLUMN publication text,
+    -- Where the recovery delivers, and the sequence number of the last message that it knows to be stored there.
+    ADD COLUMN destination text,
+    ADD COLUMN recovered_seq bigint,
+    -- The history of this database and that of the destination part somewhere: ids may have been given out twice.
+    ADD COLUMN diverged boolean NOT NULL DEFAULT false,
+    -- The source that a stream was made for, where that is another one and an operator has said that it is to be gone on with.
+    ADD COLUMN adopted text,
+    ADD COLUMN made integer NOT NULL DEFAULT 1,
+    ADD COLUMN made_because text;
+COMMENT ON COLUMN ebb.slot.made IS 'How often the slot was made; the last time because of made_because.';
+
+-- Rows that were removed from the buffer cannot be delivered again to a stream that has forgotten them. All of them have an xid
+-- below through: a tick whose snapshot had seen all of these end is one that the stream must reach.
+CREATE TABLE ebb.removed (
+    only_row          boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    through           xid8 NOT NULL,
+    system_identifier text NOT NULL,
+    removed_at        timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+COMMENT ON TABLE ebb.removed IS 'Rows of transactions before through were removed from the buffer, the last ones at removed_at.';
+
+CREATE FUNCTION ebb.note_removal() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    INSERT INTO ebb.removed AS r (through, system_identifier)
+    SELECT pg_snapshot_xmax(pg_current_snapshot()), system_identifier::text FROM pg_control_system()
+    ON CONFLICT (only_row) DO UPDATE SET
+        through = CASE WHEN r.system_identifier = excluded.system_identifier THEN greatest(r.through, excluded.through)
+                       ELSE excluded.through END,
+        system_identifier = excluded.system_identifier, removed_at = excluded.removed_at;
+    RETURN NULL;
+END
+$$;
+REVOKE ALL ON FUNCTION ebb.note_removal() FROM PUBLIC;
+
+DO $$
+DECLARE
+    part regclass;
+BEGIN
+    CREATE TRIGGER note_removal AFTER DELETE ON ebb.buffer EXECUTE FUNCTION ebb.note_removal();
+    CREATE TRIGGER note_truncation BEFORE TRUNCATE ON ebb.buffer EXECUTE FUNCTION ebb.note_removal();
+    FOR part IN SELECT inhrelid::regclass FROM pg_inherits WHERE inhparent = 'ebb.buffer'::regclass LOOP
+        EXECUTE format('CREATE TRIGGER note_removal AFTER DELETE ON %s EXECUTE FUNCTION ebb.note_removal()', part);
+        EXECUTE format('CREATE TRIGGER note_truncation BEFORE TRUNCATE ON %s EXECUTE FUNCTION ebb.note_removal()', part);
+    END LOOP;
+END
+$$;
+
+GRANT SELECT, INSERT, UPDATE, DELETE ON ebb.epoch TO ebb_bridge;
+GRANT SELECT ON ebb.removed TO ebb_bridge;
