@@ -97,15 +97,43 @@ func NewServer(t testing.TB, config postgres.Config) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return closeWith(t, server, "Postgres server")
+}
+
+// Standby makes a hot standby of the server, which is closed when the test ends. When the test failed, the end of its log is printed.
+func (s *Server) Standby(t testing.TB, config postgres.StandbyConfig) *Server {
+	t.Helper()
+	standby, err := s.Server.Standby(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return closeWith(t, standby, "standby")
+}
+
+func closeWith(t testing.TB, server *postgres.Server, what string) *Server {
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("end of the log of the Postgres server:\n%s", server.LogTail())
+			t.Logf("end of the log of the %s on port %d:\n%s", what, server.Port(), server.LogTail())
 		}
 		if err := server.Close(); err != nil {
 			t.Error(err)
 		}
 	})
 	return &Server{server}
+}
+
+// CatchUp waits until the standby shows what has committed on its primary when CatchUp is called.
+func (s *Server) CatchUp(t testing.TB, primary *Server) {
+	t.Helper()
+	ctx, cancel := callContext(t)
+	defer cancel()
+	lsn, err := primary.FlushedLSN(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.WaitReplayed(ctx, lsn); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Database is a database of a test's own.
@@ -129,6 +157,11 @@ func New(t testing.TB) *Database {
 func (s *Server) New(t testing.TB) *Database {
 	t.Helper()
 	return newDatabase(t, s.Server)
+}
+
+// On is the same database on a standby of its server, or on one that was.
+func (db *Database) On(standby *Server) *Database {
+	return &Database{Name: db.Name, URL: standby.URL(db.Name), server: standby.Server}
 }
 
 var databases atomic.Int64
