@@ -22,9 +22,14 @@ type Msg struct {
 // Messages returns all that the stream holds when it is called, in order.
 func (s *Server) Messages(t testing.TB, stream string) []Msg {
 	t.Helper()
+	return messages(t, s.URL(), stream)
+}
+
+func messages(t testing.TB, urls, stream string) []Msg {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
 	defer cancel()
-	conn, err := nats.Connect(s.URL())
+	conn, err := nats.Connect(urls)
 	if err != nil {
 		t.Fatal(err)
 	}
