@@ -136,6 +136,30 @@ func (s *Server) CatchUp(t testing.TB, primary *Server) {
 	}
 }
 
+// WaitSynced waits until the standby keeps a copy of the primary's logical slot, with all that is confirmed when WaitSynced is called. It
+// needs sync_replication_slots on the standby, a slot made with failover, and a consumer that goes on confirming: a standby takes over
+// only a slot that has moved past what the standby itself still has.
+func (s *Server) WaitSynced(t testing.TB, primary *Server, slot string) {
+	t.Helper()
+	on := func(server *Server) *Database { return &Database{URL: server.URL("postgres")} }
+	confirmed := Value[string](t, on(primary), "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1", slot)
+	var hastened time.Time
+	Eventually(t, time.Minute, func() (bool, string) {
+		if time.Since(hastened) > 200*time.Millisecond {
+			// Slots move at records of the running transactions, which come every 15 seconds, and the worker on the standby
+			// looks at slots that did not move ever less, down to every 30 seconds, unless it is woken.
+			on(primary).Exec(t, "SELECT pg_log_standby_snapshot()")
+			on(s).Exec(t, "SELECT pg_reload_conf()")
+			hastened = time.Now()
+		}
+		state := Value[string](t, on(s), `SELECT coalesce((
+			SELECT CASE WHEN synced AND NOT temporary AND confirmed_flush_lsn >= $2::text::pg_lsn THEN ''
+				ELSE format('synced %s, temporary %s, confirmed %s', synced, temporary, confirmed_flush_lsn) END
+			FROM pg_replication_slots WHERE slot_name = $1), 'not there')`, slot, confirmed)
+		return state == "", fmt.Sprintf("slot %s, confirmed %s on the primary, is on the standby: %s", slot, confirmed, state)
+	})
+}
+
 // Database is a database of a test's own.
 type Database struct {
 	// Name is unique on the server, and a valid name for a slot, a publication, a role and a schema.

@@ -74,7 +74,12 @@ func (s *Server) prepareStandby(ctx context.Context, primary *Server, config Sta
 	if err := s.configure(); err != nil {
 		return err
 	}
-	return s.writeData("standby.signal", nil)
+	for _, empty := range []string{"postgresql.auto.conf", "standby.signal"} {
+		if err := s.writeData(empty, nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // conninfoQuote quotes a value of a libpq connection string in keyword/value form.
