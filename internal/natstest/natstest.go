@@ -128,9 +128,14 @@ func (s *Server) NATS() *server.Server {
 // Connect opens a connection that outlives restarts of the server, and is closed when the test ends.
 func (s *Server) Connect(t testing.TB, options ...nats.Option) *nats.Conn {
 	t.Helper()
+	return connect(t, s.URL(), options...)
+}
+
+func connect(t testing.TB, urls string, options ...nats.Option) *nats.Conn {
+	t.Helper()
 	options = append([]nats.Option{nats.MaxReconnects(-1), nats.ReconnectWait(10 * time.Millisecond),
 		nats.ReconnectJitter(0, 0)}, options...)
-	conn, err := nats.Connect(s.URL(), options...)
+	conn, err := nats.Connect(urls, options...)
 	if err != nil {
 		t.Fatal(err)
 	}

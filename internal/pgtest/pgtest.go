@@ -97,15 +97,67 @@ func NewServer(t testing.TB, config postgres.Config) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return closeWith(t, server, "Postgres server")
+}
+
+// Standby makes a hot standby of the server, which is closed when the test ends. When the test failed, the end of its log is printed.
+func (s *Server) Standby(t testing.TB, config postgres.StandbyConfig) *Server {
+	t.Helper()
+	standby, err := s.Server.Standby(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return closeWith(t, standby, "standby")
+}
+
+func closeWith(t testing.TB, server *postgres.Server, what string) *Server {
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("end of the log of the Postgres server:\n%s", server.LogTail())
+			t.Logf("end of the log of the %s on port %d:\n%s", what, server.Port(), server.LogTail())
 		}
 		if err := server.Close(); err != nil {
 			t.Error(err)
 		}
 	})
 	return &Server{server}
+}
+
+// CatchUp waits until the standby shows what has committed on its primary when CatchUp is called.
+func (s *Server) CatchUp(t testing.TB, primary *Server) {
+	t.Helper()
+	ctx, cancel := callContext(t)
+	defer cancel()
+	lsn, err := primary.FlushedLSN(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.WaitReplayed(ctx, lsn); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// WaitSynced waits until the standby keeps a copy of the primary's logical slot, with all that is confirmed when WaitSynced is called. It
+// needs sync_replication_slots on the standby, a slot made with failover, and a consumer that goes on confirming: a standby takes over
+// only a slot that has moved past what the standby itself still has.
+func (s *Server) WaitSynced(t testing.TB, primary *Server, slot string) {
+	t.Helper()
+	on := func(server *Server) *Database { return &Database{URL: server.URL("postgres")} }
+	confirmed := Value[string](t, on(primary), "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1", slot)
+	var hastened time.Time
+	Eventually(t, time.Minute, func() (bool, string) {
+		if time.Since(hastened) > 200*time.Millisecond {
+			// Slots move at records of the running transactions, which come every 15 seconds, and the worker on the standby
+			// looks at slots that did not move ever less, down to every 30 seconds, unless it is woken.
+			on(primary).Exec(t, "SELECT pg_log_standby_snapshot()")
+			on(s).Exec(t, "SELECT pg_reload_conf()")
+			hastened = time.Now()
+		}
+		state := Value[string](t, on(s), `SELECT coalesce((
+			SELECT CASE WHEN synced AND NOT temporary AND confirmed_flush_lsn >= $2::text::pg_lsn THEN ''
+				ELSE format('synced %s, temporary %s, confirmed %s', synced, temporary, confirmed_flush_lsn) END
+			FROM pg_replication_slots WHERE slot_name = $1), 'not there')`, slot, confirmed)
+		return state == "", fmt.Sprintf("slot %s, confirmed %s on the primary, is on the standby: %s", slot, confirmed, state)
+	})
 }
 
 // Database is a database of a test's own.
@@ -129,6 +181,11 @@ func New(t testing.TB) *Database {
 func (s *Server) New(t testing.TB) *Database {
 	t.Helper()
 	return newDatabase(t, s.Server)
+}
+
+// On is the same database on a standby of its server, or on one that was.
+func (db *Database) On(standby *Server) *Database {
+	return &Database{Name: db.Name, URL: standby.URL(db.Name), server: standby.Server}
 }
 
 var databases atomic.Int64

@@ -84,6 +84,23 @@ func TestNewServerIsPrivateAndMayBeStopped(t *testing.T) {
 	}
 }
 
+func TestStandbyTakesOver(t *testing.T) {
+	primary := NewServer(t, postgres.Config{})
+	db := primary.New(t)
+	standby := primary.Standby(t, postgres.StandbyConfig{})
+	db.Exec(t, "CREATE TABLE a (x int)", "INSERT INTO a VALUES (1)")
+	standby.CatchUp(t, primary)
+	primary.Kill()
+	if err := standby.Promote(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	promoted := db.On(standby)
+	promoted.Exec(t, "INSERT INTO a VALUES (2)")
+	if n := Value[int](t, promoted, "SELECT sum(x) FROM a"); n != 3 {
+		t.Errorf("sum is %d, want 3", n)
+	}
+}
+
 func TestDatabaseName(t *testing.T) {
 	got := databaseName("TestÜber/größe="+strings.Repeat("x", 100), 7)
 	if len(got) > 50 || strings.Trim(got, "abcdefghijklmnopqrstuvwxyz0123456789_") != "" || !strings.HasPrefix(got, "t7_") {

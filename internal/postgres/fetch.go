@@ -28,6 +28,20 @@ func fetch(ctx context.Context) (Installation, error) {
 	return fetchInto(ctx, cache, account, download)
 }
 
+// CacheDir is where fetched server programs are, each version in a directory postgres-<version>. It is empty when this system has no
+// place for it.
+func CacheDir() string {
+	account, err := serverAccount("")
+	if err != nil {
+		return ""
+	}
+	dir, err := cacheDir(account)
+	if err != nil {
+		return ""
+	}
+	return dir
+}
+
 // cacheDir is the user's, except for root: the server runs under another account there, which cannot pass /root.
 func cacheDir(account *account) (string, error) {
 	if account != nil {

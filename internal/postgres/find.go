@@ -37,13 +37,22 @@ func (i Installation) String() string { return fmt.Sprintf("Postgres %s in %s", 
 
 // Find looks for Postgres server programs: in the directory that BinEnv names, in PATH, then the newest of the places where
 // packages put them. When there are none it fetches them into the user's cache directory (that needs the network once).
-func Find(ctx context.Context) (Installation, error) {
+func Find(ctx context.Context) (Installation, error) { return systemFinder().find(ctx) }
+
+// FindAtLeast looks for server programs of a major version or a later one: in the directory that BinEnv names, in PATH, then the newest
+// of the places where packages put them and of the cache directory. It fetches nothing.
+func FindAtLeast(ctx context.Context, major int) (Installation, error) {
+	return systemFinder().findAtLeast(ctx, major)
+}
+
+func systemFinder() finder {
 	return finder{
 		bin:    os.Getenv(BinEnv),
 		path:   filepath.SplitList(os.Getenv("PATH")),
 		places: packagePlaces,
+		cache:  CacheDir(),
 		fetch:  fetch,
-	}.find(ctx)
+	}
 }
 
 // packagePlaces are where the usual packages put the server programs: Debian and Ubuntu, the PGDG packages of Red Hat's kind,
@@ -63,6 +72,7 @@ type finder struct {
 	bin    string
 	path   []string
 	places []string
+	cache  string // may be empty
 	fetch  func(context.Context) (Installation, error)
 }
 
@@ -76,14 +86,45 @@ func (f finder) find(ctx context.Context) (Installation, error) {
 		return found, nil
 	}
 
-	var unfit []string // installations that are there and were passed over, for the error
+	found, unfit, ok := f.installed(ctx, OldestMajor, f.places)
+	if ok {
+		return found, nil
+	}
+	if err := ctx.Err(); err != nil {
+		return Installation{}, fmt.Errorf("find Postgres: %w", err)
+	}
+
+	found, err := f.fetch(ctx)
+	if err != nil {
+		return Installation{}, fmt.Errorf("no Postgres server programs in PATH or the usual places%s, and fetch them: %w; "+
+			"install them (`apt-get install postgresql`, `brew install postgresql@17`), "+
+			"or set %s to the directory that holds %s", passedOver(unfit), err, BinEnv, strings.Join(programs, ", "))
+	}
+	return found, nil
+}
+
+func (f finder) findAtLeast(ctx context.Context, major int) (Installation, error) {
+	places := f.places
+	if f.cache != "" {
+		places = append(slices.Clone(places), filepath.Join(f.cache, "postgres-*", "bin"))
+	}
+	f.path = slices.Insert(slices.Clone(f.path), 0, f.bin)
+	found, unfit, ok := f.installed(ctx, major, places)
+	if !ok {
+		return Installation{}, fmt.Errorf("no server programs of Postgres %d or later%s", major, passedOver(unfit))
+	}
+	return found, nil
+}
+
+// installed looks in PATH, then for the newest in the places. It returns what is there and was passed over as well, for an error.
+func (f finder) installed(ctx context.Context, oldest int, places []string) (_ Installation, unfit []string, ok bool) {
 	fit := func(dir string) (Installation, bool) {
 		if !filepath.IsAbs(dir) || missingProgram(dir) != nil {
 			return Installation{}, false
 		}
 		found, err := At(ctx, dir)
-		if err == nil && found.Major < OldestMajor {
-			err = fmt.Errorf("%s is older than version %d", found, OldestMajor)
+		if err == nil && found.Major < oldest {
+			err = fmt.Errorf("%s is older than version %d", found, oldest)
 		}
 		if err != nil {
 			unfit = append(unfit, err.Error())
@@ -94,11 +135,11 @@ func (f finder) find(ctx context.Context) (Installation, error) {
 
 	for _, dir := range f.path {
 		if found, ok := fit(dir); ok {
-			return found, nil
+			return found, nil, true
 		}
 	}
 	var packaged []Installation
-	for _, pattern := range f.places {
+	for _, pattern := range places {
 		dirs, _ := filepath.Glob(pattern) // the patterns are constants
 		for _, dir := range dirs {
 			if found, ok := fit(dir); ok {
@@ -106,24 +147,17 @@ func (f finder) find(ctx context.Context) (Installation, error) {
 			}
 		}
 	}
-	if len(packaged) > 0 {
-		return slices.MaxFunc(packaged, func(a, b Installation) int { return cmp.Compare(a.Major, b.Major) }), nil
+	if len(packaged) == 0 {
+		return Installation{}, unfit, false
 	}
-	if err := ctx.Err(); err != nil {
-		return Installation{}, fmt.Errorf("find Postgres: %w", err)
-	}
+	return slices.MaxFunc(packaged, func(a, b Installation) int { return cmp.Compare(a.Major, b.Major) }), nil, true
+}
 
-	found, err := f.fetch(ctx)
-	if err != nil {
-		passedOver := ""
-		if len(unfit) > 0 {
-			passedOver = " (passed over: " + strings.Join(unfit, "; ") + ")"
-		}
-		return Installation{}, fmt.Errorf("no Postgres server programs in PATH or the usual places%s, and fetch them: %w; "+
-			"install them (`apt-get install postgresql`, `brew install postgresql@17`), "+
-			"or set %s to the directory that holds %s", passedOver, err, BinEnv, strings.Join(programs, ", "))
+func passedOver(unfit []string) string {
+	if len(unfit) == 0 {
+		return ""
 	}
-	return found, nil
+	return " (passed over: " + strings.Join(unfit, "; ") + ")"
 }
 
 // At looks at one directory of server programs.

@@ -75,6 +75,41 @@ func TestFindOrder(t *testing.T) {
 	}
 }
 
+func TestFindAtLeast(t *testing.T) {
+	root := t.TempDir()
+	named := fakeInstallation(t, filepath.Join(root, "named"), "17.3")
+	inPath := fakeInstallation(t, filepath.Join(root, "path"), "16.2")
+	fakeInstallation(t, filepath.Join(root, "lib", "15", "bin"), "15.1")
+	packaged := fakeInstallation(t, filepath.Join(root, "lib", "17", "bin"), "17.1")
+	cached := fakeInstallation(t, filepath.Join(root, "cache", "postgres-18.4.0-beta.17", "bin"), "18.4")
+	all := finder{bin: named, path: []string{inPath}, places: []string{filepath.Join(root, "lib", "*", "bin")},
+		cache: filepath.Join(root, "cache")}
+	uncached := finder{path: []string{inPath}, places: all.places}
+	for name, test := range map[string]struct {
+		finder finder
+		major  int
+		want   string
+	}{
+		"named":                  {all, 16, named},
+		"named is too old":       {all, 18, cached},
+		"path":                   {uncached, 16, inPath},
+		"newest package":         {uncached, 17, packaged},
+		"cache is the newest":    {finder{path: []string{inPath}, places: all.places, cache: all.cache}, 17, cached},
+		"all there are too old":  {uncached, 18, ""},
+		"named holds no program": {finder{bin: root, path: []string{inPath}}, 15, inPath},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := test.finder.findAtLeast(t.Context(), test.major)
+			if got.BinDir != test.want || (err != nil) != (test.want == "") {
+				t.Errorf("found %v, %v; want %s", got, err, test.want)
+			}
+			if err != nil && (!strings.Contains(err.Error(), "Postgres 18") || !strings.Contains(err.Error(), "17.1")) {
+				t.Errorf("error %v", err)
+			}
+		})
+	}
+}
+
 func TestFindSaysTheMend(t *testing.T) {
 	old := fakeInstallation(t, t.TempDir(), "13.1")
 	offline := errors.New("no network")

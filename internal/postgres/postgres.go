@@ -105,6 +105,8 @@ type Server struct {
 	dataDir      string
 	temp         *tempDir // nil for a data directory that is kept
 	fixedPort    bool
+	settings     map[string]string // of the configuration file: defaults, and Config's over them
+	standbyName  string            // of a server made by Standby
 
 	mu      sync.Mutex // held while starting and stopping
 	port    int
@@ -182,7 +184,13 @@ func (s *Server) prepare(ctx context.Context, config Config) (err error) {
 	if err := s.account.canRun(s.installation.Program("postgres"), s.dataDir); err != nil {
 		return err
 	}
-	return s.configure(config)
+	s.settings = defaults()
+	if !config.Fsync {
+		// Without fsync there is no torn page to mend either, and a commit has no flush to wait for.
+		s.settings["fsync"], s.settings["full_page_writes"] = "off", "off"
+	}
+	maps.Copy(s.settings, config.Settings)
+	return s.configure()
 }
 
 // makeCluster runs initdb. The file of our settings comes last: it says that the cluster is complete.
@@ -237,17 +245,12 @@ func (s *Server) makeCluster(ctx context.Context, config Config, scratch string)
 // ALTER SYSTEM.
 const confName = "ebb.conf"
 
-func (s *Server) configure(config Config) error {
-	settings := defaults()
-	if !config.Fsync {
-		// Without fsync there is no torn page to mend either, and a commit has no flush to wait for.
-		settings["fsync"], settings["full_page_writes"] = "off", "off"
-	}
-	maps.Copy(settings, config.Settings)
+func (s *Server) configure() error {
+	quote := strings.NewReplacer(`'`, `''`, `\`, `\\`)
 	var content strings.Builder
 	content.WriteString("# written at every start; use ALTER SYSTEM instead\n")
-	for _, name := range slices.Sorted(maps.Keys(settings)) {
-		fmt.Fprintf(&content, "%s = '%s'\n", name, strings.ReplaceAll(settings[name], "'", "''"))
+	for _, name := range slices.Sorted(maps.Keys(s.settings)) {
+		fmt.Fprintf(&content, "%s = '%s'\n", name, quote.Replace(s.settings[name]))
 	}
 	path := filepath.Join(s.dataDir, confName)
 	if err := os.WriteFile(path, []byte(content.String()), 0o600); err != nil {

@@ -83,9 +83,9 @@ func exec1(t *testing.T, s *Server, statement string) {
 }
 
 func TestLife(t *testing.T) {
-	s := start(t, Config{Settings: map[string]string{"shared_buffers": "16MB", "cluster_name": "it's"}})
+	s := start(t, Config{Settings: map[string]string{"shared_buffers": "16MB", "cluster_name": `it's \n`}})
 	for setting, want := range map[string]string{
-		"wal_level": "logical", "fsync": "off", "shared_buffers": "16MB", "cluster_name": "it's", "server_encoding": "UTF8",
+		"wal_level": "logical", "fsync": "off", "shared_buffers": "16MB", "cluster_name": `it's \n`, "server_encoding": "UTF8",
 		"listen_addresses": "127.0.0.1", "lc_messages": "C",
 	} {
 		if got := value(t, s, "SHOW "+setting); got != want {
