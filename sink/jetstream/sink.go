@@ -76,6 +76,8 @@ type Sink struct {
 
 	nc *nats.Conn
 	js jetstream.JetStream
+	// ackTimeout is the constant, but in tests.
+	ackTimeout time.Duration
 	// closed is closed when nc gives up for good, as it does over refused credentials.
 	closed chan struct{}
 
@@ -109,7 +111,7 @@ func New(cfg Config) (*Sink, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Sink{cfg: cfg, subject: subject, envelope: cloudevent.Envelope{Source: cfg.Source}, log: cfg.Logger}
+	s := &Sink{cfg: cfg, subject: subject, envelope: cloudevent.Envelope{Source: cfg.Source}, log: cfg.Logger, ackTimeout: ackTimeout}
 	s.options = []nats.Option{
 		nats.Name(cfg.Name),
 		nats.MaxReconnects(-1),
@@ -330,7 +332,7 @@ func (s *Sink) retry(ctx context.Context, step string, op func() error) error {
 	_, err := backoff.Retry(ctx, func() (struct{}, error) {
 		err := op()
 		if err != nil && !isPermanent(err) {
-			err = errors.Join(err, s.denied.take())
+			err = errors.Join(advise(err), s.denied.take())
 		}
 		return struct{}{}, err
 	},
