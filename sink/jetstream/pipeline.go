@@ -89,8 +89,9 @@ func (a *pipeline) send(events []*event.Event) (int, error) {
 	return max(0, room), nil
 }
 
-// limit grows by an eighth of what is acknowledged, so that a server that was overrun once is not overrun again at once.
-func (a *pipeline) limit(acked int) int { return min(maxPending, a.way.limit+acked/8) }
+// limit grows by one for 256 messages that are acknowledged, so that a server that was overrun is not overrun again at once, and is
+// trusted again after some seconds of full speed.
+func (a *pipeline) limit(acked int) int { return min(maxPending, a.way.limit+acked/256) }
 
 func (a *pipeline) publish(e *event.Event) error {
 	m, err := a.way.composer.compose(e)

@@ -41,6 +41,8 @@ type publisher struct {
 	rejected error
 
 	quiet *quiet.Log
+	// busy logs what mends itself, and comes again.
+	busy *quiet.Log
 	// strangers logs the foreign messages that were stepped over, of which there were so many.
 	strangers *quiet.Log
 	foreign   int
@@ -49,7 +51,8 @@ type publisher struct {
 // Run publishes the batches.
 func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {
 	p := &publisher{
-		Sink: s, delivered: delivered, begin: newPipelined(s).begin, end: s.last.seq, quiet: quiet.New(s.log), strangers: quiet.New(s.log),
+		Sink: s, delivered: delivered, begin: newPipelined(s).begin, end: s.last.seq,
+		quiet: quiet.New(s.log), busy: quiet.New(s.log), strangers: quiet.New(s.log),
 	}
 	defer p.release()
 	wait := backoff.NewExponentialBackOff()
@@ -71,8 +74,12 @@ func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.D
 			moved = true
 			wait.Reset()
 		}
-		// Why the stream has gone on is seen when it is looked at, and said then.
-		if !moved || !errors.Is(err, errGoneOn) {
+		switch {
+		case isAPIError(err, codeTooManyRequests):
+			p.busy.Failed("the server asks for fewer messages at a time", err, "stream", s.cfg.Stream)
+		case moved && errors.Is(err, errGoneOn):
+			// Why it has is seen when the stream is looked at, and said then.
+		default:
 			p.quiet.Failed("publishing was interrupted", err, "stream", s.cfg.Stream, "waiting", len(p.pending))
 		}
 		if err := sleep.For(ctx, wait.NextBackOff()); err != nil {

@@ -571,6 +571,35 @@ func TestFullStream(t *testing.T) {
 	}
 }
 
+// A message that is larger than the stream takes ends the Run once all before it are delivered. When the limit is raised it is
+// delivered in its place.
+func TestLimitOfTheStreamRaised(t *testing.T) {
+	t.Parallel()
+	server := natstest.New(t)
+	create(t, server, natsjs.StreamConfig{Name: "EBB", Subjects: []string{"ebb.>"}, MaxMsgSize: 1000})
+	large := func(n int, e *event.Event) {
+		if n == 40 {
+			e.Payload = make([]byte, 2000)
+		}
+	}
+	p := start(t, config(t, server))
+	p.handChanged(50, large)
+	err := p.ended()
+	var rejected *sink.RejectedError
+	if !errors.As(err, &rejected) || rejected.ID != "1-40" || !strings.Contains(err.Error(), "max_msg_size") {
+		t.Fatalf("error is %v", err)
+	}
+	if p.delivered != 39 {
+		t.Errorf("%d events are delivered, want the 39 before it", p.delivered)
+	}
+	p.compare(server, 39)
+	update(t, server, func(cfg *natsjs.StreamConfig) { cfg.MaxMsgSize = 3000 })
+	again := start(t, config(t, server))
+	again.handed, again.delivered = 39, 39
+	again.handChanged(20, large)
+	again.finish(server)
+}
+
 // A server or an account whose storage is used up is waited for, and the log says what to raise.
 func TestNoRoom(t *testing.T) {
 	t.Parallel()
@@ -617,7 +646,10 @@ func TestTooManyForTheServer(t *testing.T) {
 	}
 	p.awaitDelivered(20_000)
 	p.finish(server)
-	p.logs.await(t, "max_buffered_msgs")
+	p.logs.await(t, "fewer messages at a time", "max_buffered_msgs")
+	if lines := strings.Count(p.logs.String(), "max_buffered_msgs"); lines > 1 {
+		t.Errorf("what goes on all the time is logged %d times", lines)
+	}
 }
 
 func TestJetStreamDisabled(t *testing.T) {
@@ -915,4 +947,105 @@ func TestFrozenServer(t *testing.T) {
 		p.awaitDelivered(p.handed)
 	}
 	p.finish(server)
+}
+
+// cluster starts three servers that know each other, and waits until JetStream has a leader there.
+func cluster(t *testing.T) []*server.Server {
+	t.Helper()
+	var listeners [3]net.Listener
+	var routes []string
+	for i := range listeners {
+		var err error
+		if listeners[i], err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
+		routes = append(routes, "nats://"+listeners[i].Addr().String())
+	}
+	var servers []*server.Server
+	for i, listener := range listeners {
+		port := listener.Addr().(*net.TCPAddr).Port
+		listener.Close() // just before it is taken
+		s, err := server.NewServer(&server.Options{
+			ServerName: fmt.Sprintf("n%d", i), Host: "127.0.0.1", Port: server.RANDOM_PORT, JetStream: true, StoreDir: t.TempDir(), NoSigs: true, NoLog: true,
+			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: port}, Routes: server.RoutesFromStr(strings.Join(routes, ",")),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Start()
+		t.Cleanup(func() { s.Shutdown(); s.WaitForShutdown() })
+		servers = append(servers, s)
+	}
+	for _, s := range servers {
+		if !s.ReadyForConnections(patience) {
+			t.Fatal("a server does not start")
+		}
+	}
+	return servers
+}
+
+// In a cluster, the stream changes its leader while events are published, as it does when a server is restarted.
+func TestLeaderChange(t *testing.T) {
+	t.Parallel()
+	servers := cluster(t)
+	var urls []string
+	for _, s := range servers {
+		urls = append(urls, s.ClientURL())
+	}
+	p := prepare(t, jetstream.Config{
+		Servers: strings.Join(urls, ","), Stream: "EBB", Subject: "ebb.{topic}", Source: "test", CreateStream: true, Replicas: 3, Name: "test",
+	})
+	jetstream.SetAckTimeout(p.sink, 2*time.Second)
+	p.resume()
+	p.run()
+	conn, err := nats.Connect(strings.Join(urls, ","), nats.MaxReconnects(-1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	js, err := natsjs.New(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaders := map[string]bool{}
+	for range 6 {
+		for range 10 {
+			p.hand(100)
+		}
+		stream, err := js.Stream(t.Context(), "EBB")
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaders[stream.CachedInfo().Cluster.Leader] = true
+		if _, err := conn.Request("$JS.API.STREAM.LEADER.STEPDOWN.EBB", nil, patience); err != nil {
+			t.Fatal(err)
+		}
+		for range 10 {
+			p.hand(100)
+		}
+		p.awaitDelivered(p.handed)
+	}
+	if len(leaders) < 2 {
+		t.Errorf("the leaders were %v, want several", leaders)
+	}
+	close(p.in)
+	if err := p.ended(); err != nil {
+		t.Fatal(err)
+	}
+	stream, err := js.Stream(t.Context(), "EBB")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if msgs := stream.CachedInfo().State.Msgs; msgs != uint64(p.handed) {
+		t.Errorf("the stream holds %d messages, want %d", msgs, p.handed)
+	}
+	for n := 1; n <= p.handed; n += 97 {
+		m, err := stream.GetMsg(t.Context(), uint64(n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if position := m.Header.Get("Ebb-Position"); position != fmt.Sprintf("1:0/1:%d", n) {
+			t.Fatalf("sequence %d is %s", n, position)
+		}
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/cenkalti/backoff/v5"
 	"github.com/nats-io/nats.go"
@@ -30,6 +31,9 @@ const (
 // errGoneOn says that the stream holds messages that were not there when the attempt began.
 var errGoneOn = errors.New("the stream has gone on without this bridge")
 
+// explainTimeout is how long it may take to find out more about a refusal. What is not found out in time is not said.
+const explainTimeout = time.Second
+
 func isAPIError(err error, codes ...jetstream.ErrorCode) bool {
 	var api *jetstream.APIError
 	if !errors.As(err, &api) {
@@ -50,6 +54,9 @@ func (p *publisher) explain(ctx context.Context, failed int, err error) error {
 	if failed == 0 || index < 0 || index >= len(p.pending) {
 		return fmt.Errorf("the stream gave an answer that was not expected: %w", err)
 	}
+	// The server may be going down, whose first sign can be that nobody listens any more.
+	ctx, cancel := context.WithTimeout(ctx, explainTimeout)
+	defer cancel()
 	if index > 0 && (errors.Is(err, errNoResponders) || isAPIError(err, codeWrongStream, codeMessageTooLarge, codeHeadersTooLarge, codeSealed)) {
 		return fmt.Errorf("the stream refused a message, and has yet to answer %d in front of it: %w", index, err)
 	}
@@ -76,8 +83,6 @@ func (p *publisher) explain(ctx context.Context, failed int, err error) error {
 
 // reached says which of its limits a stream has reached that refuses new messages (discard new). The server says so only in words.
 func (s *Sink) reached(ctx context.Context, err error) error {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
 	stream, infoErr := s.js.Stream(ctx, s.cfg.Stream)
 	if infoErr != nil {
 		return fmt.Errorf("the stream refused a message: %w", err)
@@ -119,7 +124,7 @@ func advise(err error) error {
 	case isAPIError(err, codeNoLimits):
 		what = "the account has no JetStream limits for a stream of so many replicas: add them"
 	case isAPIError(err, codeTooManyRequests):
-		what = "more messages wait for the stream than the server lets it have (max_buffered_msgs, max_buffered_size); ebb sends fewer at a time now"
+		what = "more messages wait for the stream than the server lets it have (max_buffered_msgs, max_buffered_size in its configuration)"
 	default:
 		return err
 	}

@@ -53,6 +53,7 @@ func open(t *testing.T, cfg jetstream.Config) *jetstream.Sink {
 }
 
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	var server *natstest.Server
 	received := func(t *testing.T) []sinktest.Message {
 		var out []sinktest.Message
@@ -468,6 +469,7 @@ func TestStreamReplacedWhileRunning(t *testing.T) {
 }
 
 func TestConnectionStopsWithItsContext(t *testing.T) {
+	t.Parallel()
 	listener, err := net.Listen("tcp", "127.0.0.1:0") // which accepts and says nothing
 	if err != nil {
 		t.Fatal(err)
@@ -489,6 +491,7 @@ func TestConnectionStopsWithItsContext(t *testing.T) {
 }
 
 func TestPublishNotPermitted(t *testing.T) {
+	t.Parallel()
 	var logged bytes.Buffer
 	server := natstest.New(t, natstest.Adjust(func(o *server.Options) {
 		o.Users = []*server.User{{Username: "ebb", Password: "x", Permissions: &server.Permissions{
