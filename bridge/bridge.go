@@ -116,7 +116,7 @@ func isPermanent(err error) bool {
 	}
 	var haltErr *haltError
 	var sinkErr *sinkError
-	return errors.As(err, &haltErr) || errors.As(err, &sinkErr) && !errors.Is(err, sink.ErrForgot) || replication.IsPermanent(err)
+	return errors.As(err, &haltErr) || errors.As(err, &sinkErr) && !errors.Is(err, sink.ErrChanged) || replication.IsPermanent(err)
 }
 
 // lead waits until this bridge is the slot's leader, and then delivers until stop ends or something fails, which is an error.

@@ -109,9 +109,9 @@ type Stored struct {
 	Payload []byte
 }
 
-// ErrForgot is wrapped by the error with which a Run ends when the destination no longer holds what it had acknowledged. Resume says how
-// much is left.
-var ErrForgot = errors.New("the destination has forgotten what it acknowledged")
+// ErrChanged is wrapped by the error with which a Run ends when the destination is not what it had been left as: it has forgotten what it
+// acknowledged, or has removed messages before they could be compared. Resume says what it is now.
+var ErrChanged = errors.New("the destination has changed")
 
 // RejectedError says that a sink can never deliver an event.
 type RejectedError struct {

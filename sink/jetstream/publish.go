@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
-	"strings"
-	"sync"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -17,72 +14,47 @@ import (
 	"ebb/internal/quiet"
 	"ebb/internal/sleep"
 	"ebb/sink"
-	"ebb/sink/cloudevent"
 )
 
-const (
-	// maxPending and maxPendingBytes bound what is published and not yet acknowledged. The server refuses a stream's
-	// messages when 10,000 of them wait for it.
-	maxPending      = 4096
-	maxPendingBytes = 8 << 20
-)
-
-// ErrForgot says that the stream no longer holds what it acknowledged.
-var ErrForgot = errors.New("the stream has forgotten what it acknowledged")
-
-// publisher is one Run of a sink: a window of events that are published and wait to be acknowledged.
+// publisher is one Run of a sink.
 type publisher struct {
 	*Sink
+	window
 	delivered sink.Delivered
 
-	// pending are the events after the last acknowledged one, in order; the first sent of them are published. batches
-	// own their memory.
-	pending []*event.Event
-	sent    int
-	bytes   int
-	batches []held
+	// begin starts an attempt at publishing behind a sequence number, in the way that was chosen.
+	begin func(base uint64) (attempt, error)
 
-	// attempt answers for what was published since the stream was last asked for its tail.
-	attempt *attempt
-	// rejected is why the event behind the last pending one that can be published cannot be, or nil.
+	// end is the last message of the stream that was looked at: that of the last delivered event, or a foreign one behind it.
+	end uint64
+
+	// attempt answers for what was published since the stream was last asked for its end: the first sent of the pending events,
+	// and before them those that it acknowledged, which are acked.
+	attempt     attempt
+	acked, sent int
+	// rejected is why the event behind the sent ones cannot be published, or nil.
 	rejected error
 
-	subject []byte
-	scratch []byte
-	header  nats.Header
-	quiet   *quiet.Log
-}
-
-type held struct {
-	batch *event.Batch
-	left  int
-}
-
-// attempt collects the answers to a run of messages, each of which expects the one before it as its predecessor.
-type attempt struct {
-	sub   *nats.Subscription
-	inbox string
-	// base is the sequence number of the message before the first one.
-	base uint64
-	// signal is filled when there is something new.
-	signal chan struct{}
-
-	mu    sync.Mutex
-	acked int // messages acknowledged: as one implies all before it, the newest counts
-	// failed is the number of the message whose answer was err. A cluster's leader may refuse one before it acknowledges those
-	// in front of it.
-	failed int
-	err    error
+	quiet *quiet.Log
+	// busy logs what mends itself, and comes again.
+	busy *quiet.Log
+	// strangers logs the foreign messages that were stepped over, of which there were so many.
+	strangers *quiet.Log
+	foreign   int
 }
 
 // Run publishes the batches.
 func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {
-	p := &publisher{Sink: s, delivered: delivered, header: nats.Header{}, quiet: quiet.New(s.log)}
-	defer p.abandon()
+	p := &publisher{
+		Sink: s, delivered: delivered, begin: newPipelined(s).begin, end: s.end,
+		quiet: quiet.New(s.log), busy: quiet.New(s.log), strangers: quiet.New(s.log),
+	}
+	defer p.release()
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = 50*time.Millisecond, 5*time.Second
+	moved := true
 	for {
-		before := s.last.seq
+		before := p.end
 		var err error
 		in, err = p.publish(ctx, in)
 		switch {
@@ -93,16 +65,26 @@ func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.D
 		case isPermanent(err):
 			return err
 		}
-		if s.last.seq > before {
+		if p.end > before {
+			moved = true
 			wait.Reset()
 		}
-		p.quiet.Failed("publishing was interrupted", err, "stream", s.cfg.Stream, "waiting", len(p.pending))
+		switch {
+		case isAPIError(err, codeTooManyRequests):
+			p.busy.Failed("the server asks for fewer messages at a time", err, "stream", s.cfg.Stream)
+		case moved && errors.Is(err, errGoneOn):
+			// Why it has is seen when the stream is looked at, and said then.
+		default:
+			p.quiet.Failed("publishing was interrupted", err, "stream", s.cfg.Stream, "waiting", len(p.pending))
+		}
 		if err := sleep.For(ctx, wait.NextBackOff()); err != nil {
 			return err
 		}
+		before = p.end
 		if err := p.resume(ctx); err != nil {
 			return err
 		}
+		moved = p.end > before
 	}
 }
 
@@ -115,16 +97,18 @@ func isPermanent(err error) bool {
 // publish publishes until in is closed and everything is acknowledged, which is nil, or until something goes wrong. It
 // returns in, or nil once that is closed.
 func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan *event.Batch, error) {
-	if err := p.begin(); err != nil {
-		return in, err
-	}
-	defer p.end()
 	// A write to a server that has stopped reading does not look at ctx.
 	defer context.AfterFunc(ctx, p.nc.Close)()
-	progress := time.NewTimer(ackTimeout)
-	defer progress.Stop()
 	disconnected := p.nc.StatusChanged(nats.RECONNECTING, nats.DISCONNECTED, nats.CLOSED)
 	defer p.nc.RemoveStatusListener(disconnected)
+	attempt, err := p.begin(p.end)
+	if err != nil {
+		return in, err
+	}
+	defer attempt.end()
+	p.attempt, p.acked, p.sent, p.rejected = attempt, 0, 0, nil
+	progress := time.NewTimer(p.ackTimeout)
+	defer progress.Stop()
 	for {
 		if err := p.send(); err != nil {
 			return in, err
@@ -136,7 +120,7 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 			return in, p.rejected
 		}
 		more := in
-		if len(p.pending) >= maxPending || p.bytes >= maxPendingBytes || p.rejected != nil {
+		if p.window.full() || p.rejected != nil {
 			more = nil
 		}
 		select {
@@ -146,14 +130,14 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 				continue
 			}
 			if p.sent == 0 {
-				progress.Reset(ackTimeout)
+				progress.Reset(p.ackTimeout)
 			}
 			p.add(b)
-		case <-p.attempt.signal:
-			n, failed, err := p.attempt.take()
-			if n > 0 {
-				progress.Reset(ackTimeout)
-				p.acknowledged(n)
+		case <-p.attempt.changed():
+			acked, seq, failed, err := p.attempt.answers()
+			if acked > p.acked {
+				progress.Reset(p.ackTimeout)
+				p.acknowledged(acked, seq)
 				p.quiet.Succeeded("publishing goes on", "stream", p.cfg.Stream)
 			}
 			if err != nil {
@@ -161,9 +145,9 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 			}
 		case <-progress.C:
 			if p.sent > 0 {
-				return in, errors.Join(fmt.Errorf("no acknowledgment for %s", ackTimeout), p.denied.take())
+				return in, errors.Join(fmt.Errorf("no acknowledgment for %s", p.ackTimeout), p.denied.take())
 			}
-			progress.Reset(ackTimeout)
+			progress.Reset(p.ackTimeout)
 		case <-disconnected:
 			return in, errors.Join(errNotConnected, p.nc.LastError())
 		case <-ctx.Done():
@@ -172,232 +156,138 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 	}
 }
 
-// begin subscribes to the answers of a new attempt. Those of earlier ones go to another inbox, so that none of them can be
-// taken for an answer to this one.
-func (p *publisher) begin() error {
-	a := &attempt{inbox: p.nc.NewRespInbox(), base: p.last.seq, signal: make(chan struct{}, 1)}
-	sub, err := p.nc.Subscribe(a.inbox+".*", a.answer)
-	if err != nil {
-		return fmt.Errorf("subscribe to acknowledgments: %w", err)
-	}
-	if err := sub.SetPendingLimits(-1, -1); err != nil {
-		return fmt.Errorf("subscribe to acknowledgments: %w", err)
-	}
-	a.sub, p.attempt, p.sent, p.rejected = sub, a, 0, nil
-	return nil
-}
-
-func (p *publisher) end() {
-	// On a connection that is lost the subscription is gone as well.
-	_ = p.attempt.sub.Unsubscribe()
-}
-
-// abandon releases what is still held when a Run ends.
-func (p *publisher) abandon() {
-	for _, h := range p.batches {
-		h.batch.Release()
-	}
-}
-
-// answer takes one answer of the stream. It runs on the subscription's goroutine.
-func (a *attempt) answer(m *nats.Msg) {
-	seq, err := parseAck(m)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.err != nil {
-		return
-	}
-	n, numErr := strconv.Atoi(strings.TrimPrefix(m.Subject[len(a.inbox):], "."))
-	switch {
-	case err != nil:
-		a.err, a.failed = err, n
-	case numErr != nil:
-		a.err = fmt.Errorf("acknowledgment on an unknown subject %q", m.Subject)
-	case seq != a.base+uint64(n):
-		a.err = fmt.Errorf("acknowledgment of sequence %d where %d was to be", seq, a.base+uint64(n))
-	default:
-		a.acked = max(a.acked, n)
-	}
-	select {
-	case a.signal <- struct{}{}:
-	default:
-	}
-}
-
-// take returns how many messages of the attempt were acknowledged, and what went wrong with which one behind them.
-func (a *attempt) take() (acked, failed int, err error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.acked, a.failed, a.err
-}
-
-func (p *publisher) add(b *event.Batch) {
-	if len(b.Events) == 0 {
-		b.Release()
-		return
-	}
-	for i := range b.Events {
-		p.pending = append(p.pending, &b.Events[i])
-		p.bytes += b.Events[i].Size()
-	}
-	p.batches = append(p.batches, held{batch: b, left: len(b.Events)})
-}
-
-// send publishes the pending events that are not published yet.
+// send publishes the pending events that are not published yet, as far as the attempt takes them.
 func (p *publisher) send() error {
-	for p.rejected == nil && p.sent < len(p.pending) {
-		e := p.pending[p.sent]
-		err := p.sendEvent(e, uint64(p.sent)+p.last.seq)
-		if errors.Is(err, cloudevent.ErrHeader) || errors.Is(err, nats.ErrMaxPayload) {
-			p.rejected = &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: p.reason(e, err)}
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("publish event %s: %w", e.ID, err)
-		}
-		p.sent++
+	if p.rejected != nil || p.sent == len(p.pending) {
+		return nil
 	}
-	return nil
-}
-
-func (p *publisher) reason(e *event.Event, err error) error {
-	if errors.Is(err, nats.ErrMaxPayload) {
-		return fmt.Errorf("its %d bytes and its headers are more than the server's max_payload of %d: raise it there and start ebb run "+
-			"again: %w", len(e.Payload), p.nc.MaxPayload(), err)
+	n, err := p.attempt.send(p.pending[p.sent:])
+	p.sent += n
+	if rejected := (*sink.RejectedError)(nil); errors.As(err, &rejected) {
+		p.rejected = rejected // once those in front of it are delivered
+		return nil
 	}
 	return err
 }
 
-// sendEvent publishes one event, which is to follow sequence number after.
-func (p *publisher) sendEvent(e *event.Event, after uint64) error {
-	clear(p.header)
-	emit := func(name string, value []byte) { p.header[name] = append(p.header[name], string(value)) }
-	p.header[jetstream.ExpectedLastSeqHeader] = []string{strconv.FormatUint(after, 10)}
-	p.header[jetstream.ExpectedStreamHeader] = []string{p.cfg.Stream}
-	var err error
-	if p.cfg.Raw {
-		p.scratch, err = cloudevent.RawHeaders(e, p.scratch, emit)
-		p.header[headerID] = []string{string(e.ID)}
-	} else {
-		p.scratch, err = p.envelope.Headers(e, p.scratch, emit)
-	}
-	if err != nil {
-		return err
-	}
-	p.subject = p.Sink.subject.append(p.subject[:0], e.Topic, e.Key)
-	number := after - p.attempt.base + 1
-	return p.nc.PublishMsg(&nats.Msg{
-		Subject: string(p.subject),
-		Reply:   p.attempt.inbox + "." + strconv.FormatUint(number, 10),
-		Header:  p.header,
-		Data:    e.Payload,
-	})
+// acknowledged takes note that the attempt's first events are delivered, up to the one of that number, which has sequence number seq.
+func (p *publisher) acknowledged(number int, seq uint64) {
+	n := number - p.acked
+	p.acked, p.sent = number, p.sent-n
+	p.deliver(n, seq)
 }
 
-// acknowledged takes the events from the window up to the n-th message of the attempt.
-func (p *publisher) acknowledged(n int) {
-	n -= int(p.last.seq - p.attempt.base)
-	if n <= 0 {
-		return
-	}
-	p.sent -= n
-	p.deliver(n)
-}
-
-// deliver reports the first n pending events and lets go of them.
-func (p *publisher) deliver(n int) {
+// deliver reports the first n pending events, the last of which has sequence number seq, and lets go of them.
+func (p *publisher) deliver(n int, seq uint64) {
 	last := p.pending[n-1]
-	p.last = message{seq: p.last.seq + uint64(n), position: last.Position, id: string(last.ID), origin: last.Origin}
-	for _, e := range p.pending[:n] {
-		p.bytes -= e.Size()
-	}
-	p.delivered(sink.Progress{Events: n, Position: p.last.position, Sequence: p.last.seq})
-	clear(p.pending[:n])
-	p.pending = p.pending[n:]
-	if len(p.pending) == 0 {
-		p.pending = nil
-	}
-	for n > 0 {
-		h := &p.batches[0]
-		k := min(n, h.left)
-		h.left, n = h.left-k, n-k
-		if h.left == 0 {
-			h.batch.Release()
-			p.batches = p.batches[1:]
-		}
-	}
+	p.last = message{seq: seq, position: last.Position, id: string(last.ID), origin: last.Origin}
+	p.end = max(p.end, seq)
+	p.Sink.end = p.end
+	p.delivered(sink.Progress{Events: n, Position: last.Position, Sequence: seq})
+	p.drop(n)
 }
 
-// resume asks the stream for its tail after something went wrong, and takes from the window what the stream holds already.
+// resume looks at the stream after something went wrong, takes from the window what it holds already, and finds out behind which
+// message to go on.
 func (p *publisher) resume(ctx context.Context) error {
 	return p.retry(ctx, "resume", func() error {
 		if err := p.connect(ctx); err != nil {
 			return err
 		}
-		tail, found, err := p.tail(ctx)
+		state, err := p.state(ctx)
 		switch {
-		case errors.Is(err, jetstream.ErrStreamNotFound) && p.last.seq > 0:
-			return backoff.Permanent(fmt.Errorf("it does not exist any more, and had acknowledged sequence %d (%w)", p.last.seq, ErrForgot))
+		case errors.Is(err, jetstream.ErrStreamNotFound):
+			return backoff.Permanent(fmt.Errorf("it does not exist any more, and had reached sequence %d: %w", p.end, sink.ErrChanged))
 		case err != nil:
 			return err
-		case tail.seq < p.last.seq:
-			return backoff.Permanent(fmt.Errorf("it ends at sequence %d but had acknowledged %d: it lost messages that were delivered (%w)",
-				tail.seq, p.last.seq, ErrForgot))
-		case !found && tail.seq > p.last.seq:
-			return backoff.Permanent(fmt.Errorf("its last message, %d, was deleted, and %d was the last to be acknowledged: "+
-				"what was delivered between them cannot be told (%w)", tail.seq, p.last.seq, ErrForgot))
-		case tail.seq == p.last.seq && found && tail.position != p.last.position:
-			return backoff.Permanent(p.foreign(tail))
-		case tail.seq == p.last.seq:
-			return nil
-		case len(p.pending) == 0:
-			// Another process, killed a moment ago, had published what this one will be handed next. It is compared then.
+		case state.LastSeq < p.end:
+			return backoff.Permanent(fmt.Errorf("it ends at sequence %d, and had reached %d: %w", state.LastSeq, p.end, sink.ErrChanged))
+		}
+		if err := p.checkLast(ctx, state); err != nil {
+			return err
+		}
+		if len(p.pending) == 0 {
+			// What is behind it is looked at when there are events to compare it with. It may be what another process, killed
+			// a moment ago, had published and this one will be handed next.
 			return nil
 		}
-		n := int(min(tail.seq-p.last.seq, uint64(len(p.pending))))
-		if seq := p.last.seq + uint64(n); seq < tail.seq {
-			if tail, err = p.message(ctx, seq); err != nil {
-				return err
-			}
+		if !p.cfg.Exclusive {
+			return p.findPending(ctx, state)
 		}
-		// Every message named its predecessor: if the n-th one is the n-th event, the ones before it are those before. What
-		// does not fit was put there by somebody else.
-		if e := p.pending[n-1]; tail.position != e.Position || tail.id != string(e.ID) {
-			return backoff.Permanent(p.foreign(tail))
-		}
-		p.deliver(n)
-		return nil
+		return p.catchUp(ctx, state)
 	})
 }
 
-func (p *publisher) foreign(tail message) error {
-	return fmt.Errorf("it ends at sequence %d with event %q at %s, which this bridge did not publish (it had acknowledged "+
-		"sequence %d at %s): %w: give ebb a stream of its own, or restrict who may publish", tail.seq, tail.id, tail.position, p.last.seq, p.last.position, ErrForeign)
+// findPending takes from the window the first events that the stream holds already, where others publish to it as well. What it holds of the
+// events behind a missing one is published again, and the stream knows it by its id.
+func (p *publisher) findPending(ctx context.Context, state jetstream.StreamState) error {
+	type place struct {
+		position event.Position
+		id       string
+	}
+	found := map[place]uint64{}
+	if err := p.scan(ctx, p.end, state.LastSeq, func(m message, _ []byte) error {
+		found[place{m.position, m.id}] = m.seq
+		return nil
+	}); err != nil {
+		return err
+	}
+	n, seq := 0, p.end
+	for _, e := range p.pending {
+		at, ok := found[place{e.Position, string(e.ID)}]
+		if !ok {
+			break
+		}
+		n, seq = n+1, max(seq, at)
+	}
+	if n > 0 {
+		p.deliver(n, seq)
+	}
+	p.end = max(p.end, state.LastSeq)
+	return nil
 }
 
-// explain adds to the refusal of a message of the attempt what an operator needs to know.
-func (p *publisher) explain(ctx context.Context, failed int, err error) error {
-	if errors.Is(err, errNoResponders) {
-		e := p.pending[0]
-		return p.listens(ctx, string(p.Sink.subject.append(nil, e.Topic, e.Key)))
+// state asks the stream's leader where the stream begins and ends.
+func (p *publisher) state(ctx context.Context) (jetstream.StreamState, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	stream, err := p.js.Stream(ctx, p.cfg.Stream)
+	if err != nil {
+		return jetstream.StreamState{}, fmt.Errorf("read its state: %w", err)
 	}
-	var api *jetstream.APIError
-	if errors.As(err, &api) {
-		switch api.ErrorCode {
-		case codeWrongSequence, codeWrongSequenceAny:
-			return fmt.Errorf("the stream has gone on without this bridge: %w", err)
-		case codeMessageTooLarge:
-			err = fmt.Errorf("it is larger than the stream's max_msg_size: raise that and start ebb run again: %w", err)
-		case codeHeadersTooLarge:
-			err = fmt.Errorf("its headers, with topic and key, are more than the 65,535 bytes that JetStream takes: %w", err)
-		default:
-			return fmt.Errorf("the stream refused a message: %w", err)
-		}
-		if uint64(failed) == p.last.seq-p.attempt.base+1 {
-			e := p.pending[0]
-			return &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: err}
-		}
-		// Those in front of it come first.
+	return stream.CachedInfo().State, nil
+}
+
+// checkLast finds out whether the stream still is the one that acknowledged the last event.
+func (p *publisher) checkLast(ctx context.Context, state jetstream.StreamState) error {
+	if p.last.seq == 0 || p.last.seq < state.FirstSeq {
+		return nil
 	}
-	return fmt.Errorf("the stream refused a message: %w", err)
+	m, err := p.peek(ctx, p.last.seq)
+	switch {
+	case err != nil:
+		return err
+	case m.kind == missing, m.kind == ours && m.position == p.last.position:
+		return nil
+	}
+	return backoff.Permanent(fmt.Errorf("it holds %s at sequence %d, where event %q at %s was acknowledged: %w: %s", m, p.last.seq,
+		p.last.id, p.last.position, ErrForeign, wayOut))
+}
+
+// catchUp goes on behind what the stream holds of the pending events, and of foreign messages.
+func (p *publisher) catchUp(ctx context.Context, state jetstream.StreamState) error {
+	from := p.end
+	w := walk{pending: p.pending, end: from}
+	err := w.over(from+1, state.LastSeq, p.reader(ctx, state))
+	if w.matched > 0 {
+		p.deliver(w.matched, w.seq)
+		p.quiet.Succeeded("publishing goes on", "stream", p.cfg.Stream)
+	}
+	p.end = w.end
+	if w.foreign > 0 {
+		p.foreign += w.foreign
+		p.strangers.Failed("stepped over messages of the stream that this bridge did not publish; it goes on behind them",
+			fmt.Errorf("%w alone: %s", ErrForeign, wayOut), "stream", p.cfg.Stream, "messages", p.foreign, "last", w.stranger)
+	}
+	return err
 }

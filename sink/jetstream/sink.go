@@ -79,6 +79,8 @@ type Sink struct {
 
 	nc *nats.Conn
 	js jetstream.JetStream
+	// ackTimeout is the constant, but in tests.
+	ackTimeout time.Duration
 	// closed is closed when nc gives up for good, as it does over refused credentials.
 	closed chan struct{}
 
@@ -87,8 +89,9 @@ type Sink struct {
 	// denied is what the server last said it does not permit.
 	denied denial
 
-	// last is the last message that the stream is known to hold.
+	// last is the last event that the stream is known to hold, and end the last message, from whomever, when it was asked.
 	last message
+	end  uint64
 	// warned says that the log has what is doubtful about the stream's settings.
 	warned bool
 }
@@ -115,7 +118,7 @@ func New(cfg Config) (*Sink, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Sink{cfg: cfg, subject: subject, envelope: cloudevent.Envelope{Source: cfg.Source}, log: cfg.Logger}
+	s := &Sink{cfg: cfg, subject: subject, envelope: cloudevent.Envelope{Source: cfg.Source}, log: cfg.Logger, ackTimeout: ackTimeout}
 	s.options = []nats.Option{
 		nats.Name(cfg.Name),
 		nats.MaxReconnects(-1),
@@ -153,7 +156,7 @@ func (s *Sink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) 
 			tail = sink.Tail{}
 			return err
 		}
-		if tail, err = s.end(ctx, info.State.LastSeq, known); err != nil {
+		if tail, err = s.tail(ctx, info.State.LastSeq, known); err != nil {
 			return err
 		}
 		tail.Source = sourceOf(info.Config.Metadata)
@@ -162,7 +165,7 @@ func (s *Sink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) 
 	if err != nil {
 		return sink.Tail{}, err
 	}
-	s.last = message{seq: tail.Last, position: tail.Position, id: tail.ID}
+	s.last, s.end = message{seq: tail.Sequence, position: tail.Position, id: tail.ID}, tail.Last
 	return tail, nil
 }
 
@@ -308,7 +311,7 @@ func (s *Sink) retry(ctx context.Context, step string, op func() error) error {
 	_, err := backoff.Retry(ctx, func() (struct{}, error) {
 		err := op()
 		if err != nil && !isPermanent(err) {
-			err = errors.Join(err, s.denied.take())
+			err = errors.Join(advise(err), s.denied.take())
 		}
 		return struct{}{}, err
 	},

@@ -132,29 +132,9 @@ func (s *Sink) checkSettings(cfg jetstream.StreamConfig) error {
 	return nil
 }
 
-// tail reads the stream's last message. It is not found when the stream has deleted it, by its own limits or on request; the sequence
-// number is known even so. An empty stream that never held a message counts as found.
-func (s *Sink) tail(ctx context.Context) (_ message, found bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	stream, err := s.js.Stream(ctx, s.cfg.Stream)
-	if err != nil {
-		return message{}, false, fmt.Errorf("read its state: %w", err)
-	}
-	seq := stream.CachedInfo().State.LastSeq
-	if seq == 0 {
-		return message{}, true, nil
-	}
-	m, err := s.message(ctx, seq)
-	if isDeleted(err) {
-		return message{seq: seq}, false, nil
-	}
-	return m, err == nil, err
-}
-
-// end says what the end of the stream holds, given its last sequence number. What is asked of the stream is answered by its leader:
+// tail says what the end of the stream holds, given its last sequence number. What is asked of the stream is answered by its leader:
 // a replica that answers a direct get may be behind.
-func (s *Sink) end(ctx context.Context, last uint64, known sink.Known) (sink.Tail, error) {
+func (s *Sink) tail(ctx context.Context, last uint64, known sink.Known) (sink.Tail, error) {
 	t := sink.Tail{Last: last, Exclusive: s.cfg.Exclusive}
 	if last == 0 {
 		return t, nil
@@ -299,7 +279,7 @@ func idOf(headers nats.Header) string {
 
 // Scan calls fn with every event that the stream holds behind a sequence number.
 func (s *Sink) Scan(ctx context.Context, after uint64, fn func(sink.Stored) error) error {
-	return s.scan(ctx, after, s.last.seq, func(m message, data []byte) error {
+	return s.scan(ctx, after, s.end, func(m message, data []byte) error {
 		if m.foreign {
 			return nil
 		}

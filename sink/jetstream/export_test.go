@@ -1,0 +1,6 @@
+package jetstream
+
+import "time"
+
+// SetAckTimeout has s wait no longer than d for the next acknowledgment.
+func SetAckTimeout(s *Sink, d time.Duration) { s.ackTimeout = d }
