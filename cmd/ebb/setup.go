@@ -87,7 +87,7 @@ func setup(ctx context.Context, w io.Writer, cfg *config.Config, log *slog.Logge
 	if err != nil {
 		return err
 	}
-	made, err := bridge.EnsureSlot(ctx, db, bridge.Config{Postgres: cfg.Postgres, Slot: cfg.Slot, Logger: log})
+	made, err := bridge.EnsureSlot(ctx, db, bridge.Config{Postgres: cfg.Postgres, Slot: cfg.Slot, Publication: cfg.Publication, Logger: log})
 	if made {
 		done = append(done, "created slot "+cfg.Slot)
 	}
