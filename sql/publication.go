@@ -122,10 +122,12 @@ const publicationJSON = `(SELECT jsonb_build_object('exists', p.oid IS NOT NULL,
 
 // ReadPublication returns what the server says of a publication, which may be that it does not exist.
 func ReadPublication(ctx context.Context, db querier, name string) (Publication, error) {
-	p := Publication{name: name}
-	if err := db.QueryRow(ctx, "SELECT "+publicationJSON, name).Scan(&p); err != nil {
+	var p Publication
+	err := db.QueryRow(ctx, "SELECT "+publicationJSON, name).Scan(&p)
+	if err != nil {
 		return Publication{}, fmt.Errorf("inspect publication %q: %w", name, withHint(err))
 	}
+	p.name = name
 	return p, nil
 }
 

@@ -37,7 +37,7 @@ func BeginTick(ctx context.Context, db *pgx.Conn, publication string) (Tick, Pub
 	var t Tick
 	var lsn string
 	var block, segment int64
-	p := Publication{name: publication}
+	var p Publication
 	// A target list is evaluated from left to right.
 	err := db.QueryRow(ctx, `SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text,
 		current_setting('wal_block_size')::bigint, pg_size_bytes(current_setting('wal_segment_size')), `+publicationJSON, publication).
@@ -49,6 +49,7 @@ func BeginTick(ctx context.Context, db *pgx.Conn, publication string) (Tick, Pub
 		return Tick{}, Publication{}, fmt.Errorf("begin a tick: %w", err)
 	}
 	t.LSN = endOfRecord(t.LSN, uint64(block), uint64(segment))
+	p.name = publication
 	return t, p, nil
 }
 
