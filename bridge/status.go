@@ -109,7 +109,7 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, e
 		if err != nil {
 			return nil, err
 		}
-		if ok {
+		if ok && !tick.Position.IsZero() {
 			at := tick.DeliveredAt.UTC()
 			s.Delivered = DeliveredStatus{Position: &tick.Position, Events: tick.Events, At: &at}
 		}

@@ -42,7 +42,7 @@ func TestDestinationChanges(t *testing.T) {
 	toStream.ebb(t, "teardown", "--yes").must(t)
 	toStream.setup(t)
 	toStream.put(t, 1)
-	toStream.ebb(t, "run").fails(t, exitFailed, "ebb-buffer", "name another stream")
+	toStream.ebb(t, "run").fails(t, exitFailed, "belongs to another source", "buffer", "nats.stream", "--adopt")
 	fresh := newSite(t, db, broker.URL(), "nats: {stream: FRESH, subject: 'fresh.{topic}'}")
 	bridge := fresh.streaming(t)
 	recorded(fresh)
