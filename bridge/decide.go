@@ -71,10 +71,8 @@ type doubt int
 
 const (
 	noDoubt doubt = iota
-	// miscounted: the slot has another number of events than the destination holds. Its messages are to be looked at.
+	// miscounted: the slot has another number of events than the destination holds.
 	miscounted
-	// mistrusted: that was done, and it is so still.
-	mistrusted
 	// mispositioned: other events come by than the destination holds.
 	mispositioned
 )
@@ -84,10 +82,8 @@ func (d doubt) after(err error) doubt {
 	switch {
 	case errors.Is(err, decode.ErrPositions):
 		return mispositioned
-	case errors.Is(err, decode.ErrCount) && d == noDoubt:
-		return miscounted
 	case errors.Is(err, decode.ErrCount):
-		return mistrusted
+		return miscounted
 	}
 	return d
 }
@@ -347,7 +343,9 @@ func whichSlot(f *facts) (step, bool) {
 		}
 	case f.record.Publication != "" && f.record.Publication != f.publication:
 		why = "its publication was changed, so that it may have passed over rows"
-	case f.doubt == mistrusted && f.ticked && f.slot.ConfirmedFlush > f.tick.LSN,
+	case f.doubt == miscounted && f.acceptGap:
+		why = "events are missing in the stream, and are delivered late"
+	case f.doubt == miscounted && f.tail.Foreign == 0 && f.ticked && f.slot.ConfirmedFlush > f.tick.LSN,
 		f.counted() && f.eventsSinceTick() > 0 && f.tail.Position.Commit < f.slot.ConfirmedFlush:
 		why = "it begins behind events that no tick has recorded, so that somebody must have made another one or moved it"
 	default:
@@ -358,7 +356,7 @@ func whichSlot(f *facts) (step, bool) {
 
 // counted reports whether sequence numbers tell how many events the slot must bring that the destination holds already.
 func (f *facts) counted() bool {
-	return f.remembers && f.tail.Exclusive && f.record.Done && f.ticked && !f.acceptGap && f.tail.Sequence >= f.tick.StreamSeq &&
+	return f.remembers && f.tail.Exclusive && f.record.Done && f.ticked && f.tail.Sequence >= f.tick.StreamSeq &&
 		f.tick.Epoch == f.record.Epochs.Last()
 }
 
@@ -367,10 +365,11 @@ func (f *facts) eventsSinceTick() uint64 { return f.tail.Sequence - f.tick.Strea
 
 // stream goes on with the slot, behind what the destination holds.
 func (f *facts) stream() step {
-	if f.doubt == mistrusted && !f.acceptGap {
-		return halt(fmt.Errorf("%w: behind sequence %d, position %s, it does not hold what the slot has. Somebody else publishes to it: give ebb a "+
-			"stream of its own, restrict who may publish, or set nats.exclusive: false. To go on with it as it is, start once with ebb run "+
-			"--accept-gap", ErrForeign, f.tick.StreamSeq, f.tick.Position))
+	if f.doubt == miscounted {
+		return halt(fmt.Errorf("%w: behind sequence %d, position %s, events are missing in it that the slot has, and there are %d messages of others. "+
+			"Restrict who may publish to it, give ebb a stream of its own, or set nats.exclusive: false. To go on with this one, and have what is "+
+			"missing delivered late and marked as recovered, start once with ebb run --accept-gap", ErrForeign, f.tick.StreamSeq, f.tick.Position,
+			f.tail.Foreign))
 	}
 	s := step{action: actStream, skip: decode.Skip{Through: f.tail.Position, ID: f.tail.ID}}
 	s.last = sink.Progress{Position: f.tail.Position, Sequence: f.tail.Sequence}

@@ -416,10 +416,15 @@ func sameSet(t *testing.T, got, want []int64) {
 }
 
 // stream is a sink for a stream of a test's own server.
-func (f *fixture) stream(server *natstest.Server) *jetstream.Sink {
+func (f *fixture) stream(server *natstest.Server) *jetstream.Sink { return f.openStream(server, true) }
+
+// sharedStream is one for a stream that others publish to.
+func (f *fixture) sharedStream(server *natstest.Server) *jetstream.Sink { return f.openStream(server, false) }
+
+func (f *fixture) openStream(server *natstest.Server, exclusive bool) *jetstream.Sink {
 	f.t.Helper()
 	s, err := jetstream.New(jetstream.Config{Servers: server.URL(), Stream: "EBB", Subject: "ebb.{topic}", Source: "ebb",
-		CreateStream: true, Replicas: 1, Exclusive: true, Name: f.slot, Logger: f.log})
+		CreateStream: true, Replicas: 1, Exclusive: exclusive, Name: f.slot, Logger: f.log})
 	if err != nil {
 		f.t.Fatal(err)
 	}

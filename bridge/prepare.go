@@ -160,7 +160,7 @@ func (l *leader) lookAtTicks(ctx context.Context, f *facts) error {
 func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 	var scanner sink.Scanner
 	scanner, f.remembers = l.Sink.(sink.Scanner)
-	known := sink.Known{Source: f.source, Position: f.tick.Position, Sequence: max(f.tick.StreamSeq, l.recoveredSeq(f)), Audit: f.doubt >= miscounted}
+	known := sink.Known{Source: f.source, Position: f.tick.Position, Sequence: max(f.tick.StreamSeq, l.recoveredSeq(f)), Audit: f.ticked && f.record.Done}
 	var err error
 	if f.tail, err = l.Sink.Resume(ctx, known); err != nil {
 		return &sinkError{err}
@@ -231,7 +231,6 @@ func (l *leader) sayForeign(f *facts) {
 	}
 	behind := f.tail.Last - max(f.tail.Sequence, min(f.tick.StreamSeq, f.tail.Last)) - f.tail.Removed
 	if n := f.tail.Foreign + behind; n > 0 && f.ticked {
-		l.Logger.Warn("others publish to the stream; nothing of the bridge's is missing between their messages. Restrict who may publish, or set "+
-			"nats.exclusive: false", "messages", n)
+		l.Logger.Warn("others publish to the stream; restrict who may, or set nats.exclusive: false", "messages", n)
 	}
 }

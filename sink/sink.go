@@ -53,7 +53,8 @@ type Known struct {
 	// Position and Sequence are those of the newest event that was recorded as delivered. They may be zero.
 	Position event.Position
 	Sequence uint64
-	// Audit asks that every message behind Sequence be looked at.
+	// Audit asks that every message behind Sequence be looked at: where somebody else's has taken the place of an event, the numbers alone
+	// do not tell.
 	Audit bool
 }
 
@@ -71,8 +72,7 @@ type Tail struct {
 	// Removed is how many messages behind Sequence, and behind what is known, are there no more. In an exclusive destination they were
 	// the bridge's.
 	Removed uint64
-	// Foreign is how many messages of others were found behind what is known and before Sequence. They are looked for when Audit asks for
-	// it, or when the last message is one.
+	// Foreign is how many messages of others were found behind what is known and before Sequence.
 	Foreign uint64
 	// Source is what the destination was made for; zero if nobody has recorded that.
 	Source Source

@@ -14,7 +14,7 @@ import (
 )
 
 // wayOut is what to do about a stream that others publish to.
-const wayOut = "restrict who may publish to its subjects, or give ebb a stream of its own"
+const wayOut = "restrict who may publish to its subjects, give ebb a stream of its own, or set nats.exclusive: false"
 
 // kind says what stands at a sequence number of the stream.
 type kind int

@@ -90,6 +90,9 @@ func TestAttempts(t *testing.T) {
 		}
 		delivered, end, stepped := 0, uint64(0), 0
 		for round := 0; delivered < len(events); round++ {
+			if round > 100 {
+				t.Fatalf("no end: %d of %d events are delivered, up to %d of %d", delivered, len(events), end, len(stream.messages))
+			}
 			pending := events[delivered:min(len(events), delivered+rapid.IntRange(1, 10).Draw(t, "window"))]
 			arrive := len(pending)
 			if round < 20 {
