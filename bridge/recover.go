@@ -34,7 +34,7 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 		l.Logger.Warn("the stream has removed messages before it could be compared with the buffer; rows that were among them are delivered again",
 			"messages", f.tail.Removed)
 	}
-	position := f.tail.Position
+	position := f.lastPosition()
 	for {
 		if err := l.at("page"); err != nil {
 			return err
@@ -53,8 +53,8 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 		if f.remembers && tail.Last < seq {
 			return nil
 		}
-		if position = tail.Position; position.IsZero() {
-			position.Epoch = l.record.Epochs.Last()
+		if tail.Position.Compare(position) > 0 {
+			position = tail.Position
 		}
 		n, last, err := l.recoverPage(ctx, position, rows, held)
 		if err != nil {
@@ -77,6 +77,18 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 		l.Logger.Info("delivered the rows from before the slot", "slot", l.Slot, "events", l.record.Recovered)
 	}
 	return nil
+}
+
+// lastPosition is the position of the last event that is known to be delivered, which recovered ones repeat.
+func (f *facts) lastPosition() event.Position {
+	position := f.tail.Position
+	if f.ticked && f.tick.Position.Compare(position) > 0 {
+		position = f.tick.Position // of an event that the destination has removed
+	}
+	if position.IsZero() {
+		position.Epoch = f.record.Epochs.Last()
+	}
+	return position
 }
 
 // holdings are the events that the sink holds, among those that are still to be recovered.

@@ -109,7 +109,7 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, e
 		if err != nil {
 			return nil, err
 		}
-		if ok && !tick.Position.IsZero() {
+		if ok && tick.Events > 0 {
 			at := tick.DeliveredAt.UTC()
 			s.Delivered = DeliveredStatus{Position: &tick.Position, Events: tick.Events, At: &at}
 		}

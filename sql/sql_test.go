@@ -262,7 +262,7 @@ func recordAll(t *testing.T, conn *pgx.Conn, r sql.SlotRecord, seq uint64) int64
 	if err != nil {
 		t.Fatal(err)
 	}
-	tick.StreamSeq = seq
+	tick.StreamSeq, tick.BeginSeq = seq, seq-1
 	if err := sql.StoreTick(t.Context(), conn, r, tick, time.Hour); err != nil {
 		t.Fatal(err)
 	}
@@ -422,8 +422,8 @@ func TestRecoveryFloor(t *testing.T) {
 	recordAll(t, conn, r, 20) // sees a transaction in progress that the one before has not seen end
 	recordAll(t, conn, other, 900)
 	r = slot(t, db, "s", "1")
-	if n := floor(); n != 10 {
-		t.Errorf("with a transaction open: %d, want 10", n)
+	if n := floor(); n != 9 {
+		t.Errorf("with a transaction open: %d, want 9", n)
 	}
 	if err := tx.Commit(t.Context()); err != nil {
 		t.Fatal(err)
@@ -431,8 +431,8 @@ func TestRecoveryFloor(t *testing.T) {
 	recordAll(t, conn, other, 950)
 	recordAll(t, conn, r, 30)
 	slot(t, db, "s", "1")
-	if n := floor(); n != 30 {
-		t.Errorf("with none open: %d, want 30", n)
+	if n := floor(); n != 29 {
+		t.Errorf("with none open: %d, want 29", n)
 	}
 }
 

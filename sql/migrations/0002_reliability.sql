@@ -31,6 +31,10 @@ ALTER TABLE ebb.slot
     ADD COLUMN made_because text;
 COMMENT ON COLUMN ebb.slot.made IS 'How often the slot was made; the last time because of made_because.';
 
+-- What was delivered before the snapshot was read, while stream_seq is of the moment in which the tick was stored. Behind it, and not
+-- before it, may stand events of transactions that the snapshot does not see.
+ALTER TABLE ebb.tick ADD COLUMN begin_seq bigint NOT NULL DEFAULT 0;
+
 -- Rows that were removed from the buffer cannot be delivered again to a stream that has forgotten them. All of them have an xid
 -- below through: a tick whose snapshot had seen all of these end is one that the stream must reach.
 CREATE TABLE ebb.removed (
