@@ -52,10 +52,12 @@ type facts struct {
 	// remembers says that the destination knows what it holds, of which tail is the end.
 	remembers bool
 	tail      sink.Tail
-	// held is the newest tick that the destination still reaches, if holds, and reach says that the buffer has all rows that came
-	// behind it. They are looked for when the destination has forgotten something.
-	held         sql.Tick
-	holds, reach bool
+	// held is the newest tick that the destination still reaches, if holds. It is looked for when the destination has forgotten something.
+	held  sql.Tick
+	holds bool
+	// reach says that the buffer has all rows that came behind the tick which counts: held if the destination has forgotten something, else
+	// the newest one.
+	reach bool
 	// lost are events that the destination holds and this database does not. They are looked for when the database's history has changed.
 	lost []lostEvent
 }
@@ -350,6 +352,10 @@ func whichSlot(f *facts) (step, bool) {
 		why = "it begins behind events that no tick has recorded, so that somebody must have made another one or moved it"
 	default:
 		return step{}, false
+	}
+	if !f.reach && f.record.Done && !f.acceptGap {
+		return halt(fmt.Errorf("%w: slot %q is lost (%s), and rows that are not recorded as delivered have been removed from the buffer. To go on "+
+			"without them, start once with ebb run --accept-gap", ErrGap, f.record.Name, why)), true
 	}
 	return step{action: actMake, why: why}, true
 }

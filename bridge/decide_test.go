@@ -177,6 +177,7 @@ func (w *world) facts() *facts {
 	if tick, ok := w.newest(); ok {
 		f.newest, f.tick, f.ticked, f.delivered = tick.Tick, tick.Tick, true, true
 	}
+	f.reach = w.removedTo <= w.seenBy(f.newest.ID)
 	if f.forgot() {
 		for _, tick := range slices.Backward(w.ticks) {
 			if tick.StreamSeq <= f.tail.Last && tick.Position.Compare(f.endPosition()) <= 0 {
@@ -297,6 +298,9 @@ func (w *world) store(t worldTick) {
 }
 
 func (w *world) begin(s step) *session {
+	if !w.exists || w.slot.Lost() {
+		w.t.Fatalf("streams from a slot that is not there: %+v", w.slot)
+	}
 	b := &session{tracker: newTracker(w.slot.ConfirmedFlush, s.last, true), skip: s.skip, from: s.last, seq: uint64(len(w.stream))}
 	for b.tx < len(w.transactions) && commitAt(b.tx) < w.slot.ConfirmedFlush {
 		b.tx++
@@ -419,9 +423,15 @@ func (b *session) idle(w *world) bool {
 }
 
 func (w *world) check() {
-	seen := map[int64]bool{}
+	seen, streamed := map[int64]bool{}, map[int64]bool{}
 	var last event.Position
 	for i, m := range w.stream {
+		if m.origin == event.Streamed && m.id != 0 {
+			if streamed[m.id] {
+				w.t.Fatalf("event %d, which the stream has removed, is streamed again at %d: %v", m.id, i+1, w.stream)
+			}
+			streamed[m.id] = true
+		}
 		if m.deleted || m.id == 0 {
 			continue
 		}
@@ -536,7 +546,7 @@ func TestDecisions(t *testing.T) {
 		}
 		for _, ids := range w.transactions {
 			for _, id := range ids {
-				if !inStream[id] && !w.expired[id] && !(w.forgotten[id] && w.removed[id]) {
+				if !inStream[id] && !w.expired[id] && !(w.forgotten[id] && w.removed[id] && w.acceptGap) {
 					t.Fatalf("event %d is missing in the stream", id)
 				}
 			}

@@ -102,6 +102,7 @@ func (l *leader) look(ctx context.Context) (*facts, error) {
 			return nil, err
 		}
 	}
+	f.reach = true
 	if f.system.ID == f.record.SystemIdentifier { // the ticks of another cluster mean nothing in this one
 		if err := l.lookAtTicks(ctx, f); err != nil {
 			return nil, err
@@ -152,7 +153,10 @@ func (l *leader) lookAtTicks(ctx context.Context, f *facts) error {
 	if f.newest = tick; ok && tick.Destination == l.Destination {
 		f.tick, f.ticked = tick, true
 	}
-	f.delivered, err = sql.HasDelivered(ctx, l.db, f.record, l.Destination)
+	if f.delivered, err = sql.HasDelivered(ctx, l.db, f.record, l.Destination); err != nil {
+		return err
+	}
+	f.reach, err = sql.Reach(ctx, l.db, f.record, tick.ID)
 	return err
 }
 
