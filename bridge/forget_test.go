@@ -225,6 +225,10 @@ func TestStreamEmptiedByItsLimits(t *testing.T) {
 		if err := stream(t, server).Purge(t.Context()); err != nil {
 			t.Fatal(err)
 		}
+		// A bridge that does nothing but to count the events that are gone records that it has.
+		r = f.run(f.stream(server))
+		f.settle()
+		r.stop()
 		f.put(20)
 		last += 20
 		r = f.run(f.stream(server))
