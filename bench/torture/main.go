@@ -45,6 +45,7 @@ type options struct {
 	faults   int
 	bridges  int
 	rate     float64
+	styles   []style
 	verbose  bool
 }
 
@@ -55,7 +56,7 @@ const (
 )
 
 func torture(ctx context.Context, args []string, out io.Writer) (int, error) {
-	o := options{out: out}
+	o := options{out: out, styles: styles}
 	flags := flag.NewFlagSet("torture", flag.ContinueOnError)
 	seed := flags.Uint64("seed", 0, "seed of the first round; the next ones count up (default: from the clock)")
 	flags.DurationVar(&o.duration, "duration", 40*time.Second, "how long faults come in a round; waiting until all is delivered comes on top")
@@ -68,6 +69,7 @@ func torture(ctx context.Context, args []string, out io.Writer) (int, error) {
 	plan := flags.Bool("plan", false, "print the schedule, and do nothing")
 	flags.IntVar(&o.bridges, "bridges", 3, "how many bridges")
 	flags.Float64Var(&o.rate, "rate", 600, "about how many rows are written in a second")
+	takeovers := flags.Int("takeover", 0, "instead of faults, kill the leader of two bridges so many times, and measure how long nothing is delivered")
 	race := flags.Bool("race", false, "build ebb with the race detector")
 	keep := flags.String("keep", "", "keep the logs of all rounds in this directory (default: of those that failed, in a temporary one)")
 	asJSON := flags.String("json", "", "write the report to this file")
@@ -109,6 +111,9 @@ func torture(ctx context.Context, args []string, out io.Writer) (int, error) {
 	defer os.RemoveAll(work)
 	if o.program, err = buildEbb(ctx, work, *race); err != nil {
 		return exitViolated, err
+	}
+	if *takeovers > 0 {
+		return measureTakeovers(ctx, o, *seed, *takeovers, work)
 	}
 	report := runReport{Command: "go run ./bench/torture " + strings.Join(args, " ")}
 	began := time.Now()

@@ -147,7 +147,7 @@ func (v *verdict) checkWitness(e evidence, rows map[int64]row) map[int64]place {
 
 // checkContents looks for what is missing, there twice, there though it was rolled back, or not what was written.
 func (v *verdict) checkContents(e evidence, rows map[int64]row) {
-	first := make(map[int64]uint64, len(e.stream))
+	first := make(map[int64]message, len(e.stream))
 	for _, m := range e.stream {
 		r, ok := rows[m.id]
 		if !ok {
@@ -155,10 +155,11 @@ func (v *verdict) checkContents(e evidence, rows map[int64]row) {
 			continue
 		}
 		if before, ok := first[m.id]; ok {
-			v.add(&v.Duplicates, "duplicate", "message %d is event %d, which message %d was already", m.sequence, m.id, before)
+			v.add(&v.Duplicates, "duplicate", "message %d%s is event %d, which message %d%s was already", m.sequence, origin(m), m.id,
+				before.sequence, origin(before))
 			continue
 		}
-		first[m.id] = m.sequence
+		first[m.id] = m
 		if m.content != r.content {
 			v.add(&v.Altered, "altered", "message %d, event %d, is not what the table holds", m.sequence, m.id)
 		}

@@ -24,6 +24,8 @@ const (
 	slow
 	// large transactions have 5,000 rows.
 	large
+	// steady transactions have one row, come at an even pace, and are all committed.
+	steady
 )
 
 // styles are those of the producers.
@@ -82,8 +84,7 @@ func (p *producer) produce(ctx context.Context) error {
 		if t.outcome == committed && p.style == waiting {
 			p.await(ctx, last)
 		}
-		pause := time.Duration(p.rand.ExpFloat64() * float64(p.pace) * float64(size))
-		if sleep.For(ctx, min(pause, 20*time.Second)) != nil {
+		if sleep.For(ctx, p.pause(size)) != nil {
 			return nil
 		}
 	}
@@ -94,6 +95,8 @@ func (p *producer) size() int {
 	switch {
 	case p.style == large:
 		return largeRows
+	case p.style == steady:
+		return 1
 	case p.style == slow:
 		return 2 + p.rand.IntN(50)
 	case p.rand.IntN(2) == 0:
@@ -101,6 +104,13 @@ func (p *producer) size() int {
 	default:
 		return 1 + p.rand.IntN(1+p.rand.IntN(200))
 	}
+}
+
+func (p *producer) pause(size int) time.Duration {
+	if p.style == steady {
+		return p.pace
+	}
+	return min(time.Duration(p.rand.ExpFloat64()*float64(p.pace)*float64(size)), 20*time.Second)
 }
 
 func (p *producer) connect(ctx context.Context) bool {
@@ -131,7 +141,7 @@ func (p *producer) transaction(ctx, stop context.Context, t *entry) (int64, erro
 	if err != nil {
 		return 0, err
 	}
-	if p.rand.IntN(5) == 0 {
+	if p.style != steady && p.rand.IntN(5) == 0 {
 		_, err := p.db.Exec(ctx, "ROLLBACK")
 		return 0, err
 	}
@@ -156,7 +166,7 @@ func (p *producer) rows(ctx, stop context.Context, t entry) (int64, error) {
 	if p.style == slow {
 		_ = sleep.For(stop, between(p.rand, 100*time.Millisecond, 3*time.Second)) // at the end of the round it just goes on
 	}
-	if p.rand.IntN(3) == 0 {
+	if p.style != steady && p.rand.IntN(3) == 0 {
 		if _, err := p.db.Exec(ctx, "SAVEPOINT undone"); err != nil {
 			return 0, err
 		}

@@ -76,25 +76,35 @@ func (r *round) say(format string, args ...any) {
 }
 
 // runRound tortures for one seed. An error is one of the harness; what the bridge did wrong is in the report.
-func runRound(ctx context.Context, o options, seed uint64, dir string) (report *roundReport, err error) {
-	r := &round{options: o, seed: seed, dir: dir, report: &roundReport{Seed: seed, started: time.Now(), Kinds: map[string]*kindReport{}}}
-	r.ctx, r.cancel = context.WithCancelCause(ctx)
+func runRound(ctx context.Context, o options, seed uint64, dir string) (*roundReport, error) {
+	r := newRound(ctx, o, seed, dir)
 	defer r.cancel(nil)
 	r.faults = makeSchedule(seed, o.kinds, o.duration, o.faults)
 	r.report.Planned = len(r.faults)
+	return r.report, r.run(ctx, r.torture)
+}
+
+func newRound(ctx context.Context, o options, seed uint64, dir string) *round {
+	r := &round{options: o, seed: seed, dir: dir, report: &roundReport{Seed: seed, started: time.Now(), Kinds: map[string]*kindReport{}}}
+	r.ctx, r.cancel = context.WithCancelCause(ctx)
+	return r
+}
+
+// run is a round from its servers' start to their end.
+func (r *round) run(ctx context.Context, torture func() error) (err error) {
 	defer func() { err = errors.Join(err, r.close()) }()
 	if err := r.setUp(); err != nil {
-		return r.report, err
+		return err
 	}
-	if err := r.torture(); err != nil {
-		return r.report, err
+	if err := torture(); err != nil {
+		return err
 	}
 	if ctx.Err() != nil {
-		return r.report, context.Cause(ctx)
+		return context.Cause(ctx)
 	}
 	err = r.settle()
 	r.report.Seconds = time.Since(r.report.started).Seconds()
-	return r.report, err
+	return err
 }
 
 // setUp starts everything.
@@ -144,10 +154,10 @@ func (r *round) setUp() error {
 			return err
 		}
 	}
-	for i, style := range styles {
+	for i, style := range r.styles {
 		r.producers = append(r.producers, &producer{
 			number: i, style: style, url: r.postgres.URL(database), rand: randomStream(r.seed, streamProducers+uint64(i)),
-			pace: time.Duration(float64(len(styles)) / r.rate * float64(time.Second)),
+			pace: time.Duration(float64(len(r.styles)) / r.rate * float64(time.Second)),
 		})
 	}
 	return nil
@@ -211,6 +221,18 @@ func (r *round) sql(ctx context.Context, database, statement string, args ...any
 
 // torture has the producers write while the faults come.
 func (r *round) torture() error {
+	return r.whileWriting(func() {
+		var work sync.WaitGroup
+		for l := range lanes {
+			work.Go(func() { r.runLane(l) })
+		}
+		work.Wait()
+		r.wait(r.duration - time.Since(r.report.started))
+	})
+}
+
+// whileWriting has the bridges run and the producers write while something is done.
+func (r *round) whileWriting(do func()) error {
 	watching, stopWatching := context.WithCancel(r.ctx)
 	defer stopWatching()
 	writing, stopWriting := context.WithCancel(r.ctx)
@@ -224,11 +246,7 @@ func (r *round) torture() error {
 	for _, p := range r.producers {
 		writers.Go(func() error { return p.produce(writing) })
 	}
-	var work sync.WaitGroup
-	for l := range lanes {
-		work.Go(func() { r.runLane(l) })
-	}
-	work.Wait()
+	do()
 	stopWriting()
 	err := writers.Wait()
 	stopWatching()
