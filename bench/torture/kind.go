@@ -74,6 +74,7 @@ func kinds() []kind {
 		{"net-nats-throttle", laneNetwork, 1, 1 * s, 4 * s, "bandwidth of 5 to 100 KB/s", (*round).throttleNATS},
 		{"net-nats-hold", laneNetwork, 2, 500 * ms, 8 * s, "nothing passes, and nothing is lost: it all arrives later", (*round).holdNATS},
 		{"net-nats-half-open", laneNetwork, 2, 500 * ms, 8 * s, "what is sent vanishes, in one direction or both, with no RST; the connections are closed later", (*round).halfOpenNATS},
+		{"net-nats-zombie", laneNetwork, 2, 500 * ms, 2 * s, "what the leader sends to NATS is held back, it is frozen, its sessions are ended and the slot is dropped: what it sent arrives while the next leader recovers", (*round).zombie},
 	}
 }
 

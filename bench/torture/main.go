@@ -73,6 +73,7 @@ func torture(ctx context.Context, args []string, out io.Writer) (int, error) {
 	race := flags.Bool("race", false, "build ebb with the race detector")
 	keep := flags.String("keep", "", "keep the logs of all rounds in this directory (default: of those that failed, in a temporary one)")
 	asJSON := flags.String("json", "", "write the report to this file")
+	markdown := flags.Bool("markdown", false, "print the table of faults in Markdown as well")
 	flags.BoolVar(&o.verbose, "v", false, "print every fault as it comes")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -130,6 +131,9 @@ func torture(ctx context.Context, args []string, out io.Writer) (int, error) {
 	report.sum()
 	if err := report.table(out); err != nil {
 		return exitViolated, err
+	}
+	if *markdown {
+		report.markdown(out)
 	}
 	if *asJSON != "" {
 		if err := writeJSON(*asJSON, &report); err != nil {

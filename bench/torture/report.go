@@ -126,22 +126,38 @@ func (r *runReport) json(w io.Writer) error {
 	return e.Encode(r)
 }
 
+// ofKind adds up what became of a kind in all rounds.
+func (r *runReport) ofKind(name string) kindReport {
+	var total kindReport
+	for _, round := range r.Rounds {
+		if one := round.Kinds[name]; one != nil {
+			total.Times += one.Times
+			total.Seconds += one.Seconds
+			total.Skipped += one.Skipped
+			if one.Why != "" {
+				total.Why = one.Why
+			}
+		}
+	}
+	return total
+}
+
+// markdown prints the table of what was survived, as a document has it.
+func (r *runReport) markdown(w io.Writer) {
+	fmt.Fprintf(w, "\n| fault | times | seconds | what it is |\n| --- | ---: | ---: | --- |\n")
+	for _, k := range kinds() {
+		if total := r.ofKind(k.name); total.Times > 0 {
+			fmt.Fprintf(w, "| `%s` | %d | %.0f | %s |\n", k.name, total.Times, total.Seconds, k.what)
+		}
+	}
+}
+
 // table prints what was survived.
 func (r *runReport) table(w io.Writer) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "\nfault\ttimes\tfor\twhat it is\n")
 	for _, k := range kinds() {
-		var total kindReport
-		for _, round := range r.Rounds {
-			if one := round.Kinds[k.name]; one != nil {
-				total.Times += one.Times
-				total.Seconds += one.Seconds
-				total.Skipped += one.Skipped
-				if one.Why != "" {
-					total.Why = one.Why
-				}
-			}
-		}
+		total := r.ofKind(k.name)
 		if total.Times+total.Skipped == 0 {
 			continue
 		}
