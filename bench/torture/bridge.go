@@ -23,7 +23,7 @@ type fleet struct {
 	// excused is why a bridge may end by itself until a time: while the publication is damaged, and a little longer.
 	excused string
 	until   time.Time
-	// held says that those which ended so are not to be started again yet.
+	// held says that none is to be started yet.
 	held bool
 	// starts counts processes, and excusedExits those that ended by contract.
 	starts, excusedExits int
@@ -82,13 +82,27 @@ func (b *bridge) read(line string) {
 	}
 }
 
+const (
+	// restartDelay is how long whatever starts containers again waits.
+	restartDelay = 300 * time.Millisecond
+	holdPoll     = 50 * time.Millisecond
+)
+
 // supervise starts the bridge whenever it is wanted and does not run, until close.
 func (b *bridge) supervise() {
 	defer close(b.done)
 	for {
+		// While ebb setup is at work none is started, whatever had ended it.
+		for b.fleet.isHeld() && !b.isEnded() {
+			time.Sleep(holdPoll)
+		}
 		b.mu.Lock()
 		for !b.wanted && !b.ended {
 			b.changed.Wait()
+		}
+		if b.fleet.isHeld() && !b.ended {
+			b.mu.Unlock()
+			continue
 		}
 		if b.ended {
 			b.mu.Unlock()
@@ -116,12 +130,7 @@ func (b *bridge) supervise() {
 		b.mu.Unlock()
 		if !expected {
 			b.judge(c.cmd.ProcessState)
-			for {
-				time.Sleep(300 * time.Millisecond) // as whatever starts containers again would
-				if !b.fleet.isHeld() || b.isEnded() {
-					break
-				}
-			}
+			time.Sleep(restartDelay)
 		}
 	}
 }
@@ -153,12 +162,12 @@ func (f *fleet) count(change func()) {
 	change()
 }
 
-// excuse lets bridges end with exit code 1 and an error that says why, for a time, and has them stay down until release.
+// excuse lets bridges end with exit code 1 and an error that says why, for a time, and has all that are down stay so until release.
 func (f *fleet) excuse(why string, lasts time.Duration) {
 	f.count(func() { f.excused, f.until, f.held = why, time.Now().Add(lasts), true })
 }
 
-// release has the bridges that ended by contract started again. For a while yet, one that slept or was cut off may still end.
+// release has the bridges started again. For a while yet, one that slept or was cut off may still end.
 func (f *fleet) release(grace time.Duration) {
 	f.count(func() { f.until, f.held = time.Now().Add(grace), false })
 }
