@@ -221,18 +221,24 @@ func (b *bridge) end() *child {
 // stopTimeout is how long a bridge may take to stop: longer than it waits for its sink.
 const stopTimeout = 25 * time.Second
 
+// beginning is how long a process takes until a signal has no longer its default action.
+const beginning = time.Second
+
 // terminate asks the bridge to end. It must, with exit code 0.
 func (b *bridge) terminate() {
 	c := b.end()
 	if c == nil {
 		return
 	}
+	young := time.Since(c.started) < beginning
 	c.signal(syscall.SIGTERM)
 	select {
 	case <-c.done:
-		// One that had failed for good just before says so.
-		if code := c.cmd.ProcessState.ExitCode(); code != 0 {
-			b.judge(c.cmd.ProcessState)
+		// One that had failed for good just before says so. One that has only begun does not listen for signals yet.
+		state := c.cmd.ProcessState
+		status, _ := state.Sys().(syscall.WaitStatus)
+		if state.ExitCode() != 0 && !(young && status.Signaled() && status.Signal() == syscall.SIGTERM) {
+			b.judge(state)
 		}
 	case <-time.After(stopTimeout):
 		b.fleet.failed("bridge hangs", fmt.Sprintf("bridge %d still ran %s after SIGTERM", b.number, stopTimeout))

@@ -9,12 +9,14 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // child is a process that dies with this one.
 type child struct {
-	cmd  *exec.Cmd
-	done chan struct{} // closed when it has ended
+	cmd     *exec.Cmd
+	started time.Time
+	done    chan struct{} // closed when it has ended
 }
 
 // startChild starts cmd. Linux sends the signal of a parent's death when the *thread* that forked ends (prctl(2), PR_SET_PDEATHSIG):
@@ -23,7 +25,7 @@ func startChild(cmd *exec.Cmd) (*child, error) {
 	// In a group of its own, an interrupt from the keyboard does not reach it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	diesWithParent(cmd.SysProcAttr)
-	c := &child{cmd: cmd, done: make(chan struct{})}
+	c := &child{cmd: cmd, started: time.Now(), done: make(chan struct{})}
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread()
