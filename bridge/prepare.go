@@ -216,7 +216,7 @@ func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts,
 		return nil
 	})
 	if err != nil {
-		return nil, &sinkError{err}
+		return nil, err
 	}
 	missing, err := sql.MissingRows(ctx, l.db, ids)
 	if err != nil {

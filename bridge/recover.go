@@ -26,8 +26,12 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 			return err
 		}
 	}
-	held, err := l.heldEvents(ctx)
+	floor, err := sql.RecoveryFloor(ctx, l.db, l.Slot, l.Destination)
 	if err != nil {
+		return err
+	}
+	held := newHoldings(l.record.Diverged)
+	if err := l.addHeld(ctx, held, floor); err != nil {
 		return err
 	}
 	if f.tail.Removed > 0 && f.ticked {
@@ -50,8 +54,15 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 		if err != nil {
 			return &sinkError{err}
 		}
-		if f.remembers && tail.Last < seq {
+		switch {
+		case f.remembers && tail.Last < seq:
 			return nil
+		case tail.Last > seq:
+			// What the leader before this one had sent off has arrived only now.
+			if err := l.addHeld(ctx, held, seq); err != nil {
+				return err
+			}
+			seq = tail.Last
 		}
 		if tail.Position.Compare(position) > 0 {
 			position = tail.Position
@@ -99,6 +110,21 @@ type holdings struct {
 	seed     maphash.Seed
 }
 
+func newHoldings(diverged bool) *holdings {
+	h := &holdings{ids: idSet{}, seed: maphash.MakeSeed()}
+	if diverged {
+		h.payloads = map[int64]uint64{}
+	}
+	return h
+}
+
+func (h *holdings) add(id int64, payload []byte) {
+	h.ids.add(id)
+	if h.payloads != nil {
+		h.payloads[id] = maphash.Bytes(h.seed, payload)
+	}
+}
+
 func (h *holdings) hold(row *sql.Row) bool {
 	if !h.ids.has(row.ID) {
 		return false
@@ -106,35 +132,18 @@ func (h *holdings) hold(row *sql.Row) bool {
 	return h.payloads == nil || h.payloads[row.ID] == maphash.Bytes(h.seed, row.Payload)
 }
 
-// heldEvents finds out which events the sink holds that are to be recovered.
-func (l *leader) heldEvents(ctx context.Context) (*holdings, error) {
-	h := &holdings{ids: idSet{}, seed: maphash.MakeSeed()}
+// addHeld adds what the sink holds behind a sequence number, if it can tell.
+func (l *leader) addHeld(ctx context.Context, h *holdings, after uint64) error {
 	scanner, ok := l.Sink.(sink.Scanner)
 	if !ok {
-		return h, nil
+		return nil
 	}
-	floor, err := sql.RecoveryFloor(ctx, l.db, l.Slot, l.Destination)
-	if err != nil {
-		return nil, err
-	}
-	if l.record.Diverged {
-		h.payloads = map[int64]uint64{}
-	}
-	err = scanner.Scan(ctx, floor, func(m sink.Stored) error {
-		id, err := strconv.ParseInt(string(m.ID), 10, 64)
-		if err != nil || id <= l.record.RecoveredID {
-			return nil
-		}
-		h.ids.add(id)
-		if h.payloads != nil {
-			h.payloads[id] = maphash.Bytes(h.seed, m.Payload)
+	return scanner.Scan(ctx, after, func(m sink.Stored) error {
+		if id, err := strconv.ParseInt(string(m.ID), 10, 64); err == nil && id > l.record.RecoveredID {
+			h.add(id, m.Payload)
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, &sinkError{err}
-	}
-	return h, nil
 }
 
 // recoverPage delivers those of the rows that the sink does not hold. It returns how many they were, and the sequence number of the last one.
