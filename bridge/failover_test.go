@@ -1,0 +1,254 @@
+package bridge_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+
+	"ebb/bridge"
+	"ebb/event"
+	"ebb/internal/natstest"
+	"ebb/internal/pgtest"
+	"ebb/internal/postgres"
+)
+
+// pair is a primary with a standby, and a database of a bridge on both.
+type pair struct {
+	*fixture
+	nats             *natstest.Server
+	primary, standby *pgtest.Server
+	// former is the database on the primary; after a promotion, that of the fixture is on the standby.
+	former *pgtest.Database
+}
+
+func newPair(t *testing.T, installation postgres.Installation, standby map[string]string) *pair {
+	t.Helper()
+	p := &pair{nats: natstest.New(t), primary: pgtest.NewServer(t, postgres.Config{Installation: installation})}
+	p.fixture = newFixture(t, p.primary.New(t))
+	p.former = p.db
+	p.standby = p.primary.Standby(t, postgres.StandbyConfig{Settings: standby})
+	return p
+}
+
+// dsn names both servers, and leads to the one that is the primary.
+func (p *pair) dsn() string {
+	return fmt.Sprintf("postgres://%s@127.0.0.1:%d,127.0.0.1:%d/%s?sslmode=disable&target_session_attrs=primary", postgres.Superuser,
+		p.primary.Port(), p.standby.Port(), p.former.Name)
+}
+
+// config is that of a bridge at a server, or at both of them.
+func (p *pair) config(url string) bridge.Config {
+	cfg := p.fixture.config(p.stream(p.nats))
+	cfg.Postgres = url
+	return cfg
+}
+
+// promote makes the standby the primary. What it has not received by now, it has lost.
+func (p *pair) promote() {
+	p.t.Helper()
+	if err := p.standby.Promote(p.t.Context()); err != nil {
+		p.t.Fatal(err)
+	}
+	p.db = p.former.On(p.standby)
+}
+
+// failover has the primary end without warning, and makes the standby the primary.
+func (p *pair) failover() {
+	p.t.Helper()
+	p.primary.Kill()
+	p.promote()
+}
+
+// cutOff keeps from the standby what is written from now on.
+func (p *pair) cutOff() {
+	p.t.Helper()
+	p.standby.CatchUp(p.t, p.primary)
+	if err := p.standby.CutOff(p.t.Context()); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// switchLSN is where the timeline that ended with the promotion did.
+func (p *pair) switchLSN() event.LSN {
+	p.t.Helper()
+	history := strings.Fields(pgtest.Value[string](p.t, p.db, "SELECT pg_read_file('pg_wal/00000002.history')"))
+	if len(history) < 2 || history[0] != "1" {
+		p.t.Fatalf("history %q", history)
+	}
+	lsn, err := event.ParseLSN(history[1])
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return lsn
+}
+
+// positions returns those of messages, which must rise but for events that were not streamed: these repeat that of the one before.
+func positions(t *testing.T, messages []natstest.Msg) []event.Position {
+	t.Helper()
+	var all []event.Position
+	for i, m := range messages {
+		p, err := event.ParsePosition(m.Header.Get("Ebb-Position"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i > 0 {
+			c := p.Compare(all[i-1])
+			if recovered := m.Header.Get("Ebb-Origin") != ""; c < 0 || c == 0 != recovered {
+				t.Fatalf("message %d, of origin %q, is at %s, the one before it at %s", m.Sequence, m.Header.Get("Ebb-Origin"), p, all[i-1])
+			}
+		}
+		all = append(all, p)
+	}
+	return all
+}
+
+// producers write transactions of several rows at the same time, and go on wherever the primary is until they are stopped. Each transaction
+// takes a number under a lock that it holds until it has committed, so that the numbers are in the order of the commits; its rows do not
+// come in that order.
+type producers struct {
+	t         *testing.T
+	stopped   context.CancelFunc
+	all       sync.WaitGroup
+	committed atomic.Int64
+}
+
+func (f *fixture) produce(url string, n int) *producers {
+	f.t.Helper()
+	f.db.Exec(f.t, "CREATE TABLE turn (n bigint); INSERT INTO turn VALUES (0); CREATE TABLE turns (n bigint, xid xid8)")
+	ctx, cancel := context.WithCancel(context.Background())
+	p := &producers{t: f.t, stopped: cancel}
+	for range n {
+		p.all.Go(func() { p.produce(ctx, url) })
+	}
+	f.t.Cleanup(p.stop)
+	return p
+}
+
+func (p *producers) produce(ctx context.Context, url string) {
+	var db *pgx.Conn
+	defer func() {
+		if db != nil {
+			db.Close(context.Background())
+		}
+	}()
+	for ctx.Err() == nil {
+		if db == nil || db.IsClosed() {
+			var err error
+			if db, err = pgx.Connect(ctx, url); err != nil {
+				continue
+			}
+		}
+		if err := pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(ctx, "INSERT INTO ebb.buffer (topic, payload) SELECT 't', '{}' FROM generate_series(1, 7)"); err != nil {
+				return err
+			}
+			_, err := tx.Exec(ctx, "WITH t AS (UPDATE turn SET n = n + 1 RETURNING n) INSERT INTO turns SELECT n, pg_current_xact_id() FROM t")
+			return err
+		}); err == nil {
+			p.committed.Add(1)
+		}
+	}
+}
+
+// more waits until so many transactions more are committed.
+func (p *producers) more(n int64) {
+	p.t.Helper()
+	before := p.committed.Load()
+	pgtest.Eventually(p.t, patience, func() (bool, string) {
+		now := p.committed.Load() - before
+		return now >= n, fmt.Sprintf("%d of %d transactions are committed", now, n)
+	})
+}
+
+func (p *producers) stop() {
+	p.stopped()
+	p.all.Wait()
+}
+
+// committed returns the ids of the producers' rows in the order of their commits.
+func (f *fixture) committed() []int64 {
+	f.t.Helper()
+	return pgtest.Value[[]int64](f.t, f.db, "SELECT coalesce(array_agg(id ORDER BY n, id), '{}') FROM ebb.buffer JOIN turns USING (xid)")
+}
+
+// The primary dies under load, and a standby that has the slot is promoted: the bridge goes on there by itself, and the stream has what was
+// committed, once and in order. The walsender waits for the standby (synchronized_standby_slots), so that nothing is delivered that it does
+// not have.
+func TestPromotionWithTheSlot(t *testing.T) {
+	p := newPair(t, pgtest.Installation(t, 17), map[string]string{"sync_replication_slots": "on"})
+	if err := p.primary.SetSetting(t.Context(), "synchronized_standby_slots", "standby"); err != nil {
+		t.Fatal(err)
+	}
+	r := p.runWith(p.config(p.dsn()))
+	w := p.produce(p.dsn(), 4)
+	p.streamed(p.nats, 100)
+	p.standby.WaitSynced(t, p.primary, p.slot)
+	if !pgtest.Value[bool](t, p.db, "SELECT failover FROM pg_replication_slots WHERE slot_name = $1", p.slot) {
+		t.Error("the slot was not made for a failover")
+	}
+	w.more(50)
+	p.failover()
+	w.more(100)
+	w.stop()
+	want := p.committed()
+	got, messages := p.streamed(p.nats, len(want))
+	p.awaitBacklog(0)
+	r.stop()
+	sameOrder(t, got, want)
+	epochs := map[uint32]int{}
+	at := p.switchLSN()
+	for i, position := range positions(t, messages) {
+		epochs[position.Epoch]++
+		if after := position.Commit >= at; after != (position.Epoch == 2) {
+			t.Fatalf("message %d is at %s, and the timeline was left at %s", i+1, position, at)
+		}
+	}
+	if len(epochs) != 2 || epochs[1] < 100 || epochs[2] < 100 {
+		t.Errorf("events by epoch: %v", epochs)
+	}
+	if n := pgtest.Value[int](t, p.db, "SELECT made FROM ebb.slot"); n != 1 {
+		t.Errorf("the slot was made %d times; it was there", n)
+	}
+}
+
+// A standby without the slot is promoted: what was not delivered comes from the buffer.
+func TestPromotionWithoutTheSlot(t *testing.T) {
+	p := newPair(t, postgres.Installation{}, nil)
+	r := p.runWith(p.config(p.dsn()))
+	p.put(100)
+	p.streamed(p.nats, 100)
+	p.nats.Stop(t)
+	p.put(20)
+	p.standby.CatchUp(t, p.primary)
+	p.failover()
+	p.put(5)
+	p.nats.Start(t)
+	p.streamed(p.nats, 125)
+	p.awaitBacklog(0)
+	p.put(10)
+	p.streamed(p.nats, 135)
+	p.awaitBacklog(0)
+	r.stop()
+	got, messages := p.streamed(p.nats, 135)
+	sameOrder(t, got, p.rows()) // the recovered ones come by id
+	for i, position := range positions(t, messages) {
+		origin, epoch := "", uint32(1)
+		switch {
+		case i >= 125:
+			epoch = 2
+		case i >= 100:
+			origin = "recovered"
+		}
+		if o := messages[i].Header.Get("Ebb-Origin"); o != origin || position.Epoch != epoch {
+			t.Errorf("message %d has origin %q and position %s", i+1, o, position)
+		}
+	}
+	if n := pgtest.Value[int](t, p.db, "SELECT made FROM ebb.slot"); n != 2 {
+		t.Errorf("the slot was made %d times", n)
+	}
+}
