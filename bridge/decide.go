@@ -160,7 +160,7 @@ func whoseStream(f *facts) (step, bool) {
 		return halt(fmt.Errorf("%w: it was made for %s, and this is %s. Name a stream of its own (nats.stream); or, if this database is to go "+
 			"on with it in place of the other one, stop that and start once with ebb run --adopt", ErrOtherSource, theirs, f.source)), true
 	}
-	s := f.diverge("adopted a stream of another source")
+	s := f.diverge("adopted a stream of another source", 0)
 	s.raise.Adopted = theirs
 	return s, true
 }
@@ -174,14 +174,14 @@ func whichHistory(f *facts) (step, bool) {
 		what := fmt.Sprintf("slot %q was made on cluster %s and this is cluster %s: a restored or copied database", f.record.Name,
 			f.record.SystemIdentifier, f.system.ID)
 		if f.remembers && f.tail.Last == 0 {
-			s := f.diverge(what)
+			s := f.diverge(what, 0)
 			s.raise.Diverged = false // from an empty stream
 			return s, true
 		}
 		if !f.adopt {
 			return halt(fmt.Errorf("%w: %s. If this is the one to go on with, stop the other one and start once with ebb run --adopt", ErrSetup, what)), true
 		}
-		return f.diverge(what), true
+		return f.diverge(what, 0), true
 
 	case f.system.Timeline != f.record.Timeline:
 		at, ok := f.switchPoint()
@@ -190,11 +190,11 @@ func whichHistory(f *facts) (step, bool) {
 			return halt(fmt.Errorf("%w: slot %q was made on timeline %d, which is not in the history of this one, %d. If this database is the one "+
 				"to go on with, stop the other one and start once with ebb run --adopt", ErrLost, f.record.Name, f.record.Timeline, f.system.Timeline)), true
 		case !ok:
-			return f.diverge(fmt.Sprintf("adopted timeline %d", f.system.Timeline)), true
+			return f.diverge(fmt.Sprintf("adopted timeline %d", f.system.Timeline), 0), true
 		case len(f.lost) > 0 && !f.adopt:
 			return halt(f.lostError(fmt.Sprintf("timeline %d was left at %s", f.record.Timeline, at))), true
 		case len(f.lost) > 0:
-			return f.diverge(fmt.Sprintf("adopted timeline %d", f.system.Timeline)), true
+			return f.diverge(fmt.Sprintf("adopted timeline %d", f.system.Timeline), at), true
 		}
 		s := f.raise(fmt.Sprintf("promotion to timeline %d", f.system.Timeline), at)
 		// A slot that was on the standby holds what is needed if the primary's was copied there, or if it begins where a tick says that
@@ -211,16 +211,16 @@ func whichHistory(f *facts) (step, bool) {
 				"promoted, has gone on with it. If this database is the one to go on with, stop the other one and start once with ebb run --adopt",
 				ErrLost, f.tail.Position.Epoch, epoch)), true
 		}
-		return f.diverge("adopted a stream of a later epoch"), true
+		return f.diverge("adopted a stream of a later epoch", 0), true
 
 	case f.tail.Position.Epoch == epoch && f.tail.Position.Commit >= f.flushed && f.tail.Position.Commit > 0:
 		if !f.adopt {
 			return halt(f.lostError(fmt.Sprintf("its log ends at %s", f.flushed))), true
 		}
-		return f.diverge("adopted by a database whose log ends earlier"), true
+		return f.diverge("adopted by a database whose log ends earlier", f.flushed), true
 
 	case f.doubt == mispositioned && f.adopt:
-		return f.diverge("adopted by a database of another history"), true
+		return f.diverge("adopted by a database of another history", 0), true
 	}
 	return step{}, false
 }
@@ -247,9 +247,10 @@ func (f *facts) raise(why string, from event.LSN) step {
 }
 
 // diverge begins a new epoch in which nothing is taken for delivered because of its position: the slot is made anew, and the rows that no
-// tick of this database has recorded are compared with the events in the destination.
-func (f *facts) diverge(why string) step {
-	s := f.raise(why, 0)
+// tick of this database has recorded are compared with the events in the destination. From is the LSN from which on the destination's
+// events are none of this database's; 0 if that is not known.
+func (f *facts) diverge(why string, from event.LSN) step {
+	s := f.raise(why, from)
 	s.raise.Remake, s.raise.Diverged = true, true
 	return s
 }

@@ -2,6 +2,7 @@ package bridge_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -250,5 +251,72 @@ func TestPromotionWithoutTheSlot(t *testing.T) {
 	}
 	if n := pgtest.Value[int](t, p.db, "SELECT made FROM ebb.slot"); n != 2 {
 		t.Errorf("the slot was made %d times", n)
+	}
+}
+
+// A standby is promoted that misses transactions which were delivered. The bridge lists them; told to, it goes on, and delivers what is new,
+// also when that has the ids of what was lost, and even the same content.
+func TestPromotionLosesTransactions(t *testing.T) {
+	p := newPair(t, postgres.Installation{}, nil)
+	r := p.runWith(p.config(p.dsn()))
+	put := func(n int) {
+		p.db.Exec(t, fmt.Sprintf("INSERT INTO ebb.buffer (topic, payload) SELECT 't', '{}' FROM generate_series(1, %d)", n))
+	}
+	put(10)
+	p.streamed(p.nats, 10)
+	p.settle()
+	put(5) // recorded on the primary alone
+	p.streamed(p.nats, 15)
+	p.cutOff()
+	lost := p.rows()
+	put(100)
+	p.streamed(p.nats, 115)
+	lost = p.rows()[len(lost):]
+	p.failover()
+	checkLost := func(r *running) {
+		t.Helper()
+		err := r.wait()
+		if !errors.Is(err, bridge.ErrLost) {
+			t.Fatalf("ended with %v, want ErrLost", err)
+		}
+		for _, want := range []string{"100 events", fmt.Sprintf(": %d at 1:", lost[0]), fmt.Sprintf(", %d at 1:", lost[9]), "and 90 more", "--adopt"} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("the error does not say %q: %v", want, err)
+			}
+		}
+		if strings.Contains(err.Error(), fmt.Sprintf(" %d at 1:", lost[0]-1)) {
+			t.Errorf("an event that is not lost is listed: %v", err)
+		}
+	}
+	checkLost(r)
+
+	put(90)
+	rows := p.rows()
+	if again := rows[len(rows)-90:]; again[0] > lost[99] || again[89] < lost[99] {
+		t.Fatalf("the new ids %d to %d do not overlap with those that were lost, %d to %d", again[0], again[89], lost[0], lost[99])
+	}
+	checkLost(p.runWith(p.config(p.dsn()))) // as before: nothing was published meanwhile
+
+	cfg := p.config(p.dsn())
+	cfg.Adopt = true
+	r = p.runWith(cfg)
+	p.streamed(p.nats, 115+90)
+	p.awaitBacklog(0)
+	put(10)
+	p.streamed(p.nats, 115+100)
+	p.awaitBacklog(0)
+	r.stop()
+
+	r = p.runWith(p.config(p.dsn())) // no longer told to
+	put(10)
+	p.streamed(p.nats, 115+110)
+	p.awaitBacklog(0)
+	r.stop()
+	got, messages := p.streamed(p.nats, 115+110)
+	sameOrder(t, got[115:], p.rows()[15:])
+	for i, position := range positions(t, messages) {
+		if streamed := messages[i].Header.Get("Ebb-Origin") == ""; streamed && (position.Epoch == 2) != (i >= 115) {
+			t.Errorf("message %d is at %s", i+1, position)
+		}
 	}
 }

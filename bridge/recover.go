@@ -113,6 +113,9 @@ func (l *leader) heldEvents(ctx context.Context) (*holdings, error) {
 		if err != nil || id <= l.record.RecoveredID {
 			return nil
 		}
+		if m.Origin == event.Streamed && l.record.Epochs.RuleOut(m.Position) {
+			return nil // of a lost row, whose id another one may have
+		}
 		h.ids.add(id)
 		if h.payloads != nil {
 			h.payloads[id] = maphash.Bytes(h.seed, m.Payload)
