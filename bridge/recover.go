@@ -53,12 +53,14 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 		if f.remembers && tail.Last < seq {
 			return nil
 		}
-		if position = tail.Position; position.IsZero() {
-			position.Epoch = l.record.Epochs.Last()
-		}
-		n, last, err := l.recoverPage(ctx, position, rows, held)
+		position = tail.Position
+		at := l.recoveredAt(f, position)
+		n, last, err := l.recoverPage(ctx, at, rows, held)
 		if err != nil {
 			return err
+		}
+		if n > 0 {
+			position = at
 		}
 		seq = max(seq, last)
 		l.record.RecoveredID = rows[len(rows)-1].ID
@@ -77,6 +79,16 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 		l.Logger.Info("delivered the rows from before the slot", "slot", l.Slot, "events", l.record.Recovered)
 	}
 	return nil
+}
+
+// recoveredAt returns the position of events that are recovered behind one at last: the same. But the first ones of an epoch stand at its
+// beginning, so that a bridge of a database that has not come so far, as a primary from before a promotion, sees that the stream has gone on
+// without it. The epoch is that of what the slot is to bring next.
+func (l *leader) recoveredAt(f *facts, last event.Position) event.Position {
+	if epoch := l.record.Epochs.At(f.slot.ConfirmedFlush); last.Epoch < epoch {
+		return event.Position{Epoch: epoch}
+	}
+	return last
 }
 
 // holdings are the events that the sink holds, among those that are still to be recovered.
