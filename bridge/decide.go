@@ -213,6 +213,12 @@ func whichHistory(f *facts) (step, bool) {
 		}
 		return f.diverge("adopted a stream of a later epoch", 0), true
 
+	case f.ruledOut():
+		if !f.adopt {
+			return halt(f.lostError(fmt.Sprintf("this database is in epoch %d since %s", epoch, f.record.Epochs[len(f.record.Epochs)-1].From))), true
+		}
+		return f.diverge("adopted a stream with events of an earlier epoch from behind its end", f.flushed), true
+
 	case f.tail.Position.Epoch == epoch && f.tail.Position.Commit >= f.flushed && f.tail.Position.Commit > 0:
 		if !f.adopt {
 			return halt(f.lostError(fmt.Sprintf("its log ends at %s", f.flushed))), true
@@ -223,6 +229,12 @@ func whichHistory(f *facts) (step, bool) {
 		return f.diverge("adopted by a database of another history", 0), true
 	}
 	return step{}, false
+}
+
+// ruledOut reports whether the destination ends with an event that is not of this database's history, and that it did not have when the newest
+// tick was stored: the primary from before a promotion has gone on, and its bridge as well.
+func (f *facts) ruledOut() bool {
+	return f.remembers && f.record.Done && f.ticked && f.tail.Position.Compare(f.tick.Position) > 0 && f.record.Epochs.RuleOut(f.tail.Position)
 }
 
 // switchPoint returns where the history of the server has left the timeline that the record is of.
@@ -332,7 +344,7 @@ func (f *facts) usable() bool {
 
 // whichSlot has a slot made that is missing, cannot be read any more, or has passed over rows.
 func whichSlot(f *facts) (step, bool) {
-	why := ""
+	var why string
 	switch {
 	case !f.exists:
 		why = "the slot does not exist"

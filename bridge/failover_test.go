@@ -16,6 +16,8 @@ import (
 	"ebb/internal/natstest"
 	"ebb/internal/pgtest"
 	"ebb/internal/postgres"
+	"ebb/replication"
+	"ebb/sink/jetstream"
 )
 
 // pair is a primary with a standby, and a database of a bridge on both.
@@ -321,4 +323,77 @@ func TestPromotionLosesTransactions(t *testing.T) {
 			t.Errorf("message %d is at %s", i+1, position)
 		}
 	}
+}
+
+// A standby is promoted while its primary goes on, each with a bridge of its own: the one that publishes first has the stream, and the other
+// one halts. Nothing interleaves.
+func TestTwoPrimaries(t *testing.T) {
+	const put = "INSERT INTO ebb.buffer (topic, payload) SELECT 't', '{}' FROM generate_series(1, 3)"
+	begin := func(t *testing.T) (p *pair, old, promoted *running) {
+		p = newPair(t, postgres.Installation{}, nil)
+		old = p.runWith(p.config(p.former.URL))
+		p.put(10)
+		p.streamed(p.nats, 10)
+		p.settle()
+		p.standby.CatchUp(t, p.primary)
+		p.promote()
+		promoted = p.runWith(p.config(p.db.URL))
+		db := p.db.Connect(t)
+		pgtest.Eventually(t, patience, func() (bool, string) {
+			slot, err := replication.InspectSlot(t.Context(), db, p.slot)
+			return err == nil && slot.Active, "the promoted primary's bridge does not stream"
+		})
+		return p, old, promoted
+	}
+	halts := func(t *testing.T, r *running, want error) {
+		t.Helper()
+		if err := r.wait(); !errors.Is(err, want) {
+			t.Fatalf("ended with %v, want %v", err, want)
+		}
+	}
+
+	t.Run("the promoted one publishes first", func(t *testing.T) {
+		p, old, promoted := begin(t)
+		p.db.Exec(t, put)
+		p.streamed(p.nats, 13)
+		p.former.Exec(t, put)
+		halts(t, old, jetstream.ErrForeign)
+		halts(t, p.runWith(p.config(p.former.URL)), bridge.ErrLost)
+		p.db.Exec(t, put)
+		p.streamed(p.nats, 16)
+		p.awaitBacklog(0)
+		// Both are primaries now, and whoever is asked to follow asks the old one first.
+		promoted.stop()
+		halts(t, p.runWith(p.config(p.dsn())), bridge.ErrLost)
+		got, messages := p.streamed(p.nats, 16)
+		sameOrder(t, got, p.rows())
+		positions(t, messages)
+	})
+
+	t.Run("the old one publishes first", func(t *testing.T) {
+		p, old, promoted := begin(t)
+		p.former.Exec(t, put)
+		p.streamed(p.nats, 13)
+		p.db.Exec(t, put)
+		halts(t, promoted, jetstream.ErrForeign)
+		again := p.runWith(p.config(p.db.URL))
+		halts(t, again, bridge.ErrLost)
+		if !strings.Contains(again.err.Error(), "3 events") || !strings.Contains(again.err.Error(), " 11 at 1:") {
+			t.Errorf("the error does not list what the old primary's bridge has published: %v", again.err)
+		}
+		cfg := p.config(p.db.URL)
+		cfg.Adopt = true
+		adopting := p.runWith(cfg)
+		p.streamed(p.nats, 16)
+		p.former.Exec(t, put)
+		halts(t, old, jetstream.ErrForeign)
+		halts(t, p.runWith(p.config(p.former.URL)), bridge.ErrLost)
+		p.db.Exec(t, put)
+		p.streamed(p.nats, 19)
+		p.awaitBacklog(0)
+		adopting.stop()
+		got, messages := p.streamed(p.nats, 19)
+		sameOrder(t, got[13:], p.rows()[10:])
+		positions(t, messages)
+	})
 }

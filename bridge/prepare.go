@@ -175,11 +175,14 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 		f.reach, err = sql.Reach(ctx, l.db, f.record, f.held.ID)
 		return err
 	}
-	at, switched := f.switchPoint()
-	if f.system.ID != f.record.SystemIdentifier || !switched && f.tail.Position.Commit < f.flushed {
+	if f.system.ID != f.record.SystemIdentifier {
 		return nil
 	}
+	at, switched := f.switchPoint()
 	if !switched {
+		if f.tail.Position.Commit < f.flushed && !f.ruledOut() {
+			return nil
+		}
 		at = f.flushed
 	}
 	f.lost, err = l.lostEvents(ctx, scanner, f, at)
@@ -201,7 +204,8 @@ func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts,
 	var ids []int64
 	err := scanner.Scan(ctx, f.tick.StreamSeq, func(m sink.Stored) error {
 		e := lostEvent{id: string(m.ID), position: m.Position, seq: m.Sequence}
-		if m.Origin == event.Streamed && m.Position.Epoch == f.record.Epochs.Last() && m.Position.Commit >= at {
+		epochs := f.record.Epochs
+		if m.Origin == event.Streamed && (m.Position.Epoch == epochs.Last() && m.Position.Commit >= at || epochs.RuleOut(m.Position)) {
 			lost = append(lost, e)
 			return nil
 		}
