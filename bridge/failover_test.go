@@ -1,6 +1,7 @@
 package bridge_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -16,8 +18,8 @@ import (
 	"ebb/internal/natstest"
 	"ebb/internal/pgtest"
 	"ebb/internal/postgres"
-	"ebb/replication"
 	"ebb/sink/jetstream"
+	"ebb/sql"
 )
 
 // pair is a primary with a standby, and a database of a bridge on both.
@@ -338,10 +340,9 @@ func TestTwoPrimaries(t *testing.T) {
 		p.standby.CatchUp(t, p.primary)
 		p.promote()
 		promoted = p.runWith(p.config(p.db.URL))
-		db := p.db.Connect(t)
 		pgtest.Eventually(t, patience, func() (bool, string) {
-			slot, err := replication.InspectSlot(t.Context(), db, p.slot)
-			return err == nil && slot.Active, "the promoted primary's bridge does not stream"
+			return pgtest.Value[bool](t, p.db, "SELECT EXISTS (SELECT FROM pg_stat_replication WHERE application_name = $1 AND state = 'streaming')",
+				p.slot), "the promoted primary's bridge does not stream"
 		})
 		return p, old, promoted
 	}
@@ -396,4 +397,72 @@ func TestTwoPrimaries(t *testing.T) {
 		sameOrder(t, got[13:], p.rows()[10:])
 		positions(t, messages)
 	})
+}
+
+// The database is restored into another cluster, as from a dump: with foreign transaction ids in the rows, ticks that mean nothing there, and
+// no slot.
+func TestRestoredDump(t *testing.T) {
+	origin := pgtest.NewServer(t, postgres.Config{})
+	f := newFixture(t, origin.New(t))
+	nats := natstest.New(t)
+	// The transaction ids of the dump are far ahead of those of the cluster that it is restored into.
+	f.db.Exec(t, "DO $$ BEGIN FOR i IN 1..5000 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$")
+	r := f.run(f.stream(nats))
+	f.put(20)
+	f.streamed(nats, 20)
+	f.settle()
+	r.stop()
+	f.put(10) // in the dump, and not delivered
+
+	former := *f
+	f.db = pgtest.NewServer(t, postgres.Config{}).New(t)
+	f.restore(former.db)
+	// The other one goes on and gives out ids, as this one does.
+	const put = "INSERT INTO ebb.buffer (topic, payload) SELECT 't', '{}' FROM generate_series(1, 10)"
+	r = former.run(former.stream(nats))
+	former.db.Exec(t, put)
+	f.streamed(nats, 40)
+	r.stop()
+	f.db.Exec(t, put)
+
+	err := f.run(f.stream(nats)).wait()
+	if !errors.Is(err, bridge.ErrOtherSource) || !strings.Contains(err.Error(), "--adopt") {
+		t.Fatalf("ended with %v, want ErrOtherSource and the way out", err)
+	}
+	cfg := f.config(f.stream(nats))
+	cfg.Adopt = true
+	r = f.runWith(cfg)
+	f.streamed(nats, 50)
+	f.awaitBacklog(0)
+	r.stop()
+	r = f.run(f.stream(nats))
+	f.put(5)
+	f.streamed(nats, 55)
+	f.awaitBacklog(0)
+	r.stop()
+	got, messages := f.streamed(nats, 55)
+	sameOrder(t, got[40:], f.rows()[30:])
+	positions(t, messages)
+}
+
+// restore does what restoring a dump of a database does.
+func (f *fixture) restore(from *pgtest.Database) {
+	f.t.Helper()
+	src, dst := from.Connect(f.t), f.db.Connect(f.t)
+	if _, err := sql.Apply(f.t.Context(), dst, sql.Setup{Publication: "ebb", Keep: time.Hour}); err != nil {
+		f.t.Fatal(err)
+	}
+	f.db.Exec(f.t, "DELETE FROM ebb.identity")
+	for _, table := range []string{"buffer", "slot", "epoch", "tick", "identity"} {
+		var data bytes.Buffer
+		if _, err := src.PgConn().CopyTo(f.t.Context(), &data, "COPY (SELECT * FROM ebb."+table+") TO STDOUT"); err != nil {
+			f.t.Fatal(err)
+		}
+		if _, err := dst.PgConn().CopyFrom(f.t.Context(), &data, "COPY ebb."+table+" FROM STDIN"); err != nil {
+			f.t.Fatal(err)
+		}
+	}
+	for _, table := range []string{"buffer", "tick"} {
+		f.db.Exec(f.t, fmt.Sprintf("SELECT setval(pg_get_serial_sequence('ebb.%[1]s', 'id'), max(id)) FROM ebb.%[1]s", table))
+	}
 }

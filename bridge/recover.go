@@ -4,6 +4,7 @@ import (
 	"context"
 	"hash/maphash"
 	"strconv"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgtype"
 
@@ -94,16 +95,35 @@ func (l *leader) recoveredAt(f *facts, last event.Position) event.Position {
 // holdings are the events that the sink holds, among those that are still to be recovered.
 type holdings struct {
 	ids idSet
-	// payloads are digests of the events' content, kept where an id alone does not say that it is the same event.
-	payloads map[int64]uint64
+	// contents are the events by id, kept where an id alone does not say that it is the same event.
+	contents map[int64]content
 	seed     maphash.Seed
+}
+
+// content tells events of the same id apart.
+type content struct {
+	digest uint64
+	// time is that of the event, or zero.
+	time time.Time
+}
+
+func (h *holdings) add(id int64, m sink.Stored) {
+	h.ids.add(id)
+	if h.contents != nil {
+		h.contents[id] = content{maphash.Bytes(h.seed, m.Payload), m.Time}
+	}
 }
 
 func (h *holdings) hold(row *sql.Row) bool {
 	if !h.ids.has(row.ID) {
 		return false
 	}
-	return h.payloads == nil || h.payloads[row.ID] == maphash.Bytes(h.seed, row.Payload)
+	if h.contents == nil {
+		return true
+	}
+	c := h.contents[row.ID]
+	// No transaction commits before it has made the row.
+	return c.digest == maphash.Bytes(h.seed, row.Payload) && (c.time.IsZero() || !c.time.Before(row.CreatedAt))
 }
 
 // heldEvents finds out which events the sink holds that are to be recovered.
@@ -118,7 +138,7 @@ func (l *leader) heldEvents(ctx context.Context) (*holdings, error) {
 		return nil, err
 	}
 	if l.record.Diverged {
-		h.payloads = map[int64]uint64{}
+		h.contents = map[int64]content{}
 	}
 	err = scanner.Scan(ctx, floor, func(m sink.Stored) error {
 		id, err := strconv.ParseInt(string(m.ID), 10, 64)
@@ -128,10 +148,7 @@ func (l *leader) heldEvents(ctx context.Context) (*holdings, error) {
 		if m.Origin == event.Streamed && l.record.Epochs.RuleOut(m.Position) {
 			return nil // of a lost row, whose id another one may have
 		}
-		h.ids.add(id)
-		if h.payloads != nil {
-			h.payloads[id] = maphash.Bytes(h.seed, m.Payload)
-		}
+		h.add(id, m)
 		return nil
 	})
 	if err != nil {
