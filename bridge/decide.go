@@ -125,7 +125,7 @@ func halt(err error) step { return step{action: actHalt, err: err} }
 // decide says what a bridge that has taken the lead does next. It is asked again after every step until it says to stream.
 func decide(f *facts) step {
 	for _, rule := range []func(*facts) (step, bool){
-		whoseStream, whichHistory, whatIsForgotten, whatIsForeign, whichSlot,
+		whoseStream, whichHistory, whatIsForgotten, whatIsForeign, whichSlot, whatIsLost,
 	} {
 		if s, ok := rule(f); ok {
 			return s
@@ -282,9 +282,9 @@ func (f *facts) lostError(why string) error {
 			list.WriteByte(',')
 		}
 	}
-	return fmt.Errorf("%w: %s, and %d events were delivered from behind that:%s. Either this is a copy, which must not publish there, or transactions "+
-		"were lost that had been delivered. To go on from this database, stop the other one and start once with ebb run --adopt", ErrLost, why,
-		len(f.lost), list.String())
+	return fmt.Errorf("%w: %s, and %d events were delivered that come from behind that or have no row here:%s. Either this is a copy, which must "+
+		"not publish there, or transactions were lost that had been delivered. To go on from this database, stop the other one and start once "+
+		"with ebb run --adopt", ErrLost, why, len(f.lost), list.String())
 }
 
 // forgot reports whether the destination holds less than was recorded.
@@ -367,6 +367,22 @@ func whichSlot(f *facts) (step, bool) {
 		return step{}, false
 	}
 	return step{action: actMake, why: why}, true
+}
+
+// whatIsLost keeps a copy of the database, which has no slot, from delivering into the stream of the one that it was copied from.
+func whatIsLost(f *facts) (step, bool) {
+	if !f.beginsRecovery() || len(f.lost) == 0 {
+		return step{}, false
+	}
+	if !f.adopt {
+		return halt(f.lostError(fmt.Sprintf("its newest tick is of %s", f.tick.LSN))), true
+	}
+	return f.diverge("adopted by a database that lacks events", f.flushed), true
+}
+
+// beginsRecovery reports whether rows are to be recovered whose ids alone say which of them the destination holds.
+func (f *facts) beginsRecovery() bool {
+	return f.remembers && f.usable() && !f.record.Done && !f.record.Diverged && f.ticked
 }
 
 // counted reports whether sequence numbers tell how many events the slot must bring that the destination holds already.

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -397,6 +399,69 @@ func TestTwoPrimaries(t *testing.T) {
 		sameOrder(t, got[13:], p.rows()[10:])
 		positions(t, messages)
 	})
+}
+
+// A copy of the database's files runs as a server of its own, on the same timeline, and must not publish into the stream: neither while its
+// log is shorter than that which the stream is of, nor when it has grown past that.
+func TestCopyOfTheFiles(t *testing.T) {
+	p := newPair(t, postgres.Installation{}, nil)
+	r := p.runWith(p.config(p.former.URL))
+	p.put(10)
+	p.streamed(p.nats, 10)
+	p.settle()
+	p.cutOff()
+	p.put(20)
+	p.streamed(p.nats, 30)
+	lost := p.rows()[10:]
+	p.settle()
+
+	if err := p.standby.Stop(t.Context(), postgres.Fast); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(p.standby.DataDir(), "standby.signal")); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.standby.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	former := p.db
+	p.db = p.former.On(p.standby)
+	halts := func() {
+		t.Helper()
+		err := p.runWith(p.config(p.db.URL)).wait()
+		if !errors.Is(err, bridge.ErrLost) {
+			t.Fatalf("ended with %v, want ErrLost", err)
+		}
+		for _, want := range []string{"20 events", fmt.Sprintf(": %d at 1:", lost[0]), "and 10 more", "--adopt"} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("the error does not say %q: %v", want, err)
+			}
+		}
+	}
+	if lsn := pgtest.Value[string](t, p.db, "SELECT pg_walfile_name(pg_current_wal_lsn())"); !strings.HasPrefix(lsn, "00000001") {
+		t.Fatalf("the copy is at %s, on another timeline", lsn)
+	}
+	halts()
+	p.db.Exec(t, "SELECT pg_logical_emit_message(false, 'ebb', repeat('x', 1000000))", "SELECT pg_switch_wal()")
+	p.put(5)
+	halts()
+
+	former.Exec(t, "INSERT INTO ebb.buffer (topic, payload) VALUES ('t', '{}')")
+	p.streamed(p.nats, 31)
+	r.stop()
+	cfg := p.config(p.db.URL)
+	cfg.Adopt = true
+	r = p.runWith(cfg)
+	p.streamed(p.nats, 36)
+	p.awaitBacklog(0)
+	r.stop()
+	r = p.runWith(p.config(p.db.URL))
+	p.put(5)
+	p.streamed(p.nats, 41)
+	r.stop()
+	got, messages := p.streamed(p.nats, 41)
+	sameOrder(t, got[31:], p.rows()[10:])
+	positions(t, messages)
 }
 
 // The database is restored into another cluster, as from a dump: with foreign transaction ids in the rows, ticks that mean nothing there, and
