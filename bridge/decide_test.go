@@ -272,7 +272,7 @@ func (w *world) recover(f *facts) {
 		}
 	}
 	slices.Sort(rows)
-	position := f.lastPosition()
+	position := f.recoveredAt(f.lastPosition())
 	if len(rows) == 0 {
 		w.record.Done = true
 		w.store(worldTick{Tick: sql.Tick{LSN: w.start, Position: position, StreamSeq: max(w.record.RecoveredSeq, f.tail.Last), BeginSeq: uint64(floor)},

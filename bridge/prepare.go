@@ -1,9 +1,11 @@
 package bridge
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 
 	"ebb/event"
@@ -179,11 +181,14 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 		f.reach, err = sql.Reach(ctx, l.db, f.record, f.held.ID)
 		return err
 	}
-	at, switched := f.switchPoint()
-	if f.system.ID != f.record.SystemIdentifier || !switched && f.tail.Position.Commit < f.flushed {
+	if f.system.ID != f.record.SystemIdentifier {
 		return nil
 	}
+	at, switched := f.switchPoint()
 	if !switched {
+		if f.tail.Position.Commit < f.flushed && !f.ruledOut() && !f.beginsRecovery() {
+			return nil
+		}
 		at = f.flushed
 	}
 	f.lost, err = l.lostEvents(ctx, scanner, f, at)
@@ -198,18 +203,24 @@ func (l *leader) recoveredSeq(f *facts) uint64 {
 }
 
 // lostEvents returns the events behind the newest tick that the destination holds and this database does not have: of transactions that
-// committed at or behind an LSN, and those without a row. Rows that no tick has recorded are never removed.
+// committed at or behind an LSN or are of another history, and those without a row. Rows that no tick has recorded are never removed by
+// ebb; once somebody else has removed some, that a row is missing says nothing.
 func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts, at event.LSN) ([]lostEvent, error) {
+	kept, err := sql.Reach(ctx, l.db, f.record, f.newest.ID)
+	if err != nil {
+		return nil, err
+	}
 	var lost []lostEvent
 	others := map[int64]lostEvent{}
 	var ids []int64
-	err := scanner.Scan(ctx, f.tick.StreamSeq, func(m sink.Stored) error {
+	epochs := f.record.Epochs
+	err = scanner.Scan(ctx, f.tick.StreamSeq, func(m sink.Stored) error {
 		e := lostEvent{id: string(m.ID), position: m.Position, seq: m.Sequence}
-		if m.Origin == event.Streamed && m.Position.Epoch == f.record.Epochs.Last() && m.Position.Commit >= at {
+		if m.Origin == event.Streamed && (m.Position.Epoch == epochs.Last() && m.Position.Commit >= at || epochs.RuleOut(m.Position)) {
 			lost = append(lost, e)
 			return nil
 		}
-		if id, err := strconv.ParseInt(e.id, 10, 64); err == nil {
+		if id, err := strconv.ParseInt(e.id, 10, 64); err == nil && kept {
 			others[id] = e
 			ids = append(ids, id)
 		}
@@ -225,6 +236,7 @@ func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts,
 	for _, id := range missing {
 		lost = append(lost, others[id])
 	}
+	slices.SortFunc(lost, func(a, b lostEvent) int { return cmp.Compare(a.seq, b.seq) })
 	return lost, nil
 }
 

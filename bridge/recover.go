@@ -4,6 +4,7 @@ import (
 	"context"
 	"hash/maphash"
 	"strconv"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgtype"
 
@@ -67,9 +68,13 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 		if tail.Position.Compare(position) > 0 {
 			position = tail.Position
 		}
-		n, last, err := l.recoverPage(ctx, position, rows, held)
+		at := f.recoveredAt(position)
+		n, last, err := l.recoverPage(ctx, at, rows, held)
 		if err != nil {
 			return err
+		}
+		if n > 0 {
+			position = at
 		}
 		seq = max(seq, last)
 		l.record.RecoveredID = rows[len(rows)-1].ID
@@ -90,38 +95,51 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 	return nil
 }
 
-// lastPosition is the position of the last event that is known to be delivered, which recovered ones repeat.
+// lastPosition is the position of the last event that is known to be delivered.
 func (f *facts) lastPosition() event.Position {
-	position := f.tail.Position
-	if f.ticked && f.tick.Position.Compare(position) > 0 {
-		position = f.tick.Position // of an event that the destination has removed
+	if f.ticked && f.tick.Position.Compare(f.tail.Position) > 0 {
+		return f.tick.Position // of an event that the destination has removed
 	}
-	if position.IsZero() {
-		position.Epoch = f.record.Epochs.Last()
+	return f.tail.Position
+}
+
+// recoveredAt returns the position of events that are recovered behind one at last: the same. But the first ones of an epoch stand at its
+// beginning, so that a bridge of a database that has not come so far, as a primary from before a promotion, sees that the stream has gone on
+// without it. The epoch is that of what the slot is to bring next.
+func (f *facts) recoveredAt(last event.Position) event.Position {
+	if epoch := f.record.Epochs.At(f.slot.ConfirmedFlush); last.Epoch < epoch {
+		return event.Position{Epoch: epoch}
 	}
-	return position
+	return last
 }
 
 // holdings are the events that the sink holds, among those that are still to be recovered.
 type holdings struct {
 	ids idSet
-	// payloads are digests of the events' content, kept where an id alone does not say that it is the same event.
-	payloads map[int64]uint64
+	// contents are the events by id, kept where an id alone does not say that it is the same event.
+	contents map[int64]content
 	seed     maphash.Seed
 }
 
 func newHoldings(diverged bool) *holdings {
 	h := &holdings{ids: idSet{}, seed: maphash.MakeSeed()}
 	if diverged {
-		h.payloads = map[int64]uint64{}
+		h.contents = map[int64]content{}
 	}
 	return h
 }
 
-func (h *holdings) add(id int64, payload []byte) {
+// content tells events of the same id apart.
+type content struct {
+	digest uint64
+	// time is that of the event, or zero.
+	time time.Time
+}
+
+func (h *holdings) add(id int64, m sink.Stored) {
 	h.ids.add(id)
-	if h.payloads != nil {
-		h.payloads[id] = maphash.Bytes(h.seed, payload)
+	if h.contents != nil {
+		h.contents[id] = content{maphash.Bytes(h.seed, m.Payload), m.Time}
 	}
 }
 
@@ -129,7 +147,12 @@ func (h *holdings) hold(row *sql.Row) bool {
 	if !h.ids.has(row.ID) {
 		return false
 	}
-	return h.payloads == nil || h.payloads[row.ID] == maphash.Bytes(h.seed, row.Payload)
+	if h.contents == nil {
+		return true
+	}
+	c := h.contents[row.ID]
+	// No transaction commits before it has made the row.
+	return c.digest == maphash.Bytes(h.seed, row.Payload) && (c.time.IsZero() || !c.time.Before(row.CreatedAt))
 }
 
 // addHeld adds what the sink holds behind a sequence number, if it can tell.
@@ -139,9 +162,14 @@ func (l *leader) addHeld(ctx context.Context, h *holdings, after uint64) error {
 		return nil
 	}
 	return scanner.Scan(ctx, after, func(m sink.Stored) error {
-		if id, err := strconv.ParseInt(string(m.ID), 10, 64); err == nil && id > l.record.RecoveredID {
-			h.add(id, m.Payload)
+		id, err := strconv.ParseInt(string(m.ID), 10, 64)
+		if err != nil || id <= l.record.RecoveredID {
+			return nil
 		}
+		if m.Origin == event.Streamed && l.record.Epochs.RuleOut(m.Position) {
+			return nil // of a lost row, whose id another one may have
+		}
+		h.add(id, m)
 		return nil
 	})
 }

@@ -84,3 +84,5 @@ $$;
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON ebb.epoch TO ebb_bridge;
 GRANT SELECT ON ebb.removed TO ebb_bridge;
+-- Rows from a dump have transaction ids of another cluster.
+GRANT UPDATE (xid) ON ebb.buffer TO ebb_bridge;
