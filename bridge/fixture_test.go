@@ -422,7 +422,9 @@ func sameSet(t *testing.T, got, want []int64) {
 func (f *fixture) stream(server *natstest.Server) *jetstream.Sink { return f.openStream(server, true) }
 
 // sharedStream is one for a stream that others publish to.
-func (f *fixture) sharedStream(server *natstest.Server) *jetstream.Sink { return f.openStream(server, false) }
+func (f *fixture) sharedStream(server *natstest.Server) *jetstream.Sink {
+	return f.openStream(server, false)
+}
 
 func (f *fixture) openStream(server *natstest.Server, exclusive bool) *jetstream.Sink {
 	f.t.Helper()

@@ -136,11 +136,7 @@ func (l *leader) lookAtSlot(ctx context.Context, f *facts) error {
 			return fmt.Errorf("%w: slot %q is in use by pid %d (%s), which is no bridge: stop that", replication.ErrForeignSlot, l.Slot,
 				slot.ActivePID, slot.ActiveName)
 		}
-		l.Logger.Info("ending the stream of the bridge that led before", "slot", l.Slot, "pid", slot.ActivePID)
-		ending, cancel := context.WithTimeout(ctx, endTimeout)
-		err = replication.EndWalsender(ending, l.db, l.Slot, slot.ActivePID)
-		cancel()
-		if err != nil {
+		if err := endWalsender(ctx, l.db, &l.Config, slot); err != nil {
 			return err
 		}
 	}
