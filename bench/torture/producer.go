@@ -109,18 +109,19 @@ func (p *producer) produce(ctx context.Context) error {
 }
 
 func (p *producer) size() int {
-	switch {
-	case p.style == large:
+	switch p.style {
+	case steady:
+		return 1
+	case large:
 		return largeRows
-	case p.style == steady:
-		return 1
-	case p.style == slow:
+	case slow:
 		return 2 + p.rand.IntN(50)
-	case p.rand.IntN(2) == 0:
-		return 1
-	default:
-		return 1 + p.rand.IntN(1+p.rand.IntN(200))
+	case ordinary, waiting:
+		if p.rand.IntN(2) == 0 {
+			return 1
+		}
 	}
+	return 1 + p.rand.IntN(1+p.rand.IntN(200))
 }
 
 func (p *producer) pause(size int) time.Duration {
