@@ -56,7 +56,7 @@ const (
 )
 
 func torture(ctx context.Context, args []string, out io.Writer) (int, error) {
-	o := options{out: out, styles: styles}
+	o := options{out: out}
 	flags := flag.NewFlagSet("torture", flag.ContinueOnError)
 	seed := flags.Uint64("seed", 0, "seed of the first round; the next ones count up (default: from the clock)")
 	flags.DurationVar(&o.duration, "duration", 40*time.Second, "how long faults come in a round; waiting until all is delivered comes on top")
@@ -69,6 +69,7 @@ func torture(ctx context.Context, args []string, out io.Writer) (int, error) {
 	plan := flags.Bool("plan", false, "print the schedule, and do nothing")
 	flags.IntVar(&o.bridges, "bridges", 3, "how many bridges")
 	flags.Float64Var(&o.rate, "rate", 600, "about how many rows are written in a second")
+	producers := flags.String("producers", defaultStyles, "how each producer writes: "+strings.Join(styleNames, ", "))
 	takeovers := flags.Int("takeover", 0, "instead of faults, kill the leader of two bridges so many times, and measure how long nothing is delivered")
 	race := flags.Bool("race", false, "build ebb with the race detector")
 	keep := flags.String("keep", "", "keep the logs of all rounds in this directory (default: of those that failed, in a temporary one)")
@@ -83,6 +84,9 @@ func torture(ctx context.Context, args []string, out io.Writer) (int, error) {
 	}
 	var err error
 	if o.kinds, err = chooseKinds(*only, *skip); err != nil {
+		return exitUsage, err
+	}
+	if o.styles, err = parseStyles(*producers); err != nil {
 		return exitUsage, err
 	}
 	if flags.NArg() > 0 || o.bridges < 1 || o.rate <= 0 || o.duration <= 0 || *rounds < 1 {

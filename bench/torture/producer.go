@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -28,8 +30,23 @@ const (
 	steady
 )
 
-// styles are those of the producers.
-var styles = []style{ordinary, ordinary, ordinary, ordinary, waiting, waiting, slow, slow, large}
+var styleNames = []string{"ordinary", "waiting", "slow", "large", "steady"}
+
+// defaultStyles are those of the producers, unless --producers says others.
+const defaultStyles = "ordinary,ordinary,ordinary,ordinary,waiting,waiting,slow,slow,large"
+
+// parseStyles reads a list with commas, a name for each producer.
+func parseStyles(list string) ([]style, error) {
+	var styles []style
+	for _, name := range strings.Split(list, ",") {
+		i := slices.Index(styleNames, strings.TrimSpace(name))
+		if i < 0 {
+			return nil, fmt.Errorf("--producers: no producer is called %q; there are: %s", name, strings.Join(styleNames, ", "))
+		}
+		styles = append(styles, style(i))
+	}
+	return styles, nil
+}
 
 const (
 	largeRows = 5000
@@ -92,18 +109,19 @@ func (p *producer) produce(ctx context.Context) error {
 }
 
 func (p *producer) size() int {
-	switch {
-	case p.style == large:
+	switch p.style {
+	case steady:
+		return 1
+	case large:
 		return largeRows
-	case p.style == steady:
-		return 1
-	case p.style == slow:
+	case slow:
 		return 2 + p.rand.IntN(50)
-	case p.rand.IntN(2) == 0:
-		return 1
-	default:
-		return 1 + p.rand.IntN(1+p.rand.IntN(200))
+	case ordinary, waiting:
+		if p.rand.IntN(2) == 0 {
+			return 1
+		}
 	}
+	return 1 + p.rand.IntN(1+p.rand.IntN(200))
 }
 
 func (p *producer) pause(size int) time.Duration {
