@@ -174,12 +174,19 @@ func (v *verdict) checkContents(e evidence, rows map[int64]row) {
 	}
 }
 
+// interrupted is a recovery that came to id floor, and to whose rows those of a transaction belong which was committed last, with event id.
+type interrupted struct {
+	transaction int
+	id, floor   int64
+}
+
 // checkOrder checks the order of the stream:
 //
 //   - positions never go back;
 //   - what was streamed is in commit order, and in a transaction in the order of its rows;
 //   - what was recovered is in id order. Another recovery may have begun in the middle, when the slot was lost again, with rows that
-//     had not been committed when the first one began: so where ids go back, all that follow were committed later than all before;
+//     had not been committed when the first one began: so where ids go back, what follows was committed later than all before, or has an id
+//     that the first one had not come to;
 //   - what was streamed after a recovery was committed later than all that was recovered.
 func (v *verdict) checkOrder(e evidence, places map[int64]place) {
 	misordered := func(m message, format string, args ...any) {
@@ -189,7 +196,7 @@ func (v *verdict) checkOrder(e evidence, places map[int64]place) {
 	streamed, streamedID := -1, int64(0)        // the last that was streamed, in the order of the witness
 	recovered, recoveredID := -1, int64(0)      // the last transaction of which something was recovered
 	run, runID, floor := -1, int64(0), int64(0) // the same of the recovery that is going on; floor is its last id
-	barrier := -1                               // recovered rows of this run must be of later transactions
+	var breaks []interrupted                    // the recoveries of this run that were not the last
 	for i, m := range e.stream {
 		if i > 0 && m.position.Compare(before.position) < 0 {
 			misordered(m, "comes after message %d at %s", before.sequence, before.position)
@@ -202,15 +209,16 @@ func (v *verdict) checkOrder(e evidence, places map[int64]place) {
 		case !ok:
 		case m.recovered:
 			if i == 0 || !before.recovered {
-				run, runID, floor, barrier = -1, 0, 0, -1
+				run, runID, floor, breaks = -1, 0, 0, nil
 			}
 			if m.id <= floor {
-				barrier, run = max(barrier, run), -1
-				if p.transaction <= barrier {
-					misordered(m, "was recovered after event %d, and its transaction had committed when that was", floor)
+				breaks = append(breaks, interrupted{transaction: run, id: runID, floor: floor})
+				run = -1
+			}
+			for _, b := range breaks {
+				if m.id <= b.floor && p.transaction <= b.transaction {
+					misordered(m, "was recovered after event %d, and had been committed before event %d, which was recovered as well", b.floor, b.id)
 				}
-			} else if p.transaction <= barrier {
-				misordered(m, "was recovered with rows that were committed later than event %d, and was not", runID)
 			}
 			floor = m.id
 			if p.transaction > run {
