@@ -78,7 +78,6 @@ func Run(ctx context.Context, cfg Config) error {
 		case isPermanent(err), errors.Is(err, decode.ErrPositions) && (!cfg.Adopt || before == mispositioned):
 			return err
 		}
-		doubt = doubt.after(err)
 		if err == nil {
 			err = errors.New("the stream ended")
 		}
@@ -87,6 +86,7 @@ func Run(ctx context.Context, cfg Config) error {
 			wait.Reset()
 			attempts.Succeeded("the bridge had recovered")
 		}
+		doubt = doubt.after(err)
 		next := wait.NextBackOff()
 		attempts.Failed("the bridge was interrupted and tries again", err, "next", next.Round(time.Millisecond))
 		if sleep.For(ctx, next) != nil {
@@ -142,6 +142,9 @@ func lead(stop context.Context, cfg Config, doubt *doubt) error {
 	if err := awaitLead(ctx, cfg, lock); err != nil {
 		return err
 	}
+	if err := sql.LimitIdle(ctx, lock); err != nil {
+		return err
+	}
 	db, err := sql.Connect(ctx, cfg.Postgres, cfg.Slot)
 	if err != nil {
 		return err
@@ -183,6 +186,10 @@ func lead(stop context.Context, cfg Config, doubt *doubt) error {
 	if cause := context.Cause(ctx); cause != nil {
 		return cause // of which err is a consequence
 	}
+	if errors.Is(err, decode.ErrPositions) {
+		return fmt.Errorf("slot %q against %s: %w. If a table was added to publication %q, take it out. If this database was restored or replaced and "+
+			"is the one to go on with, stop the other one and start once with ebb run --adopt", l.Slot, l.Destination, err, l.Publication)
+	}
 	return err
 }
 
@@ -192,11 +199,15 @@ func (l *leader) connect(ctx context.Context, lockPID uint32) error {
 	if l.conn, err = replication.Connect(ctx, l.Postgres, l.Slot); err != nil {
 		return err
 	}
-	same, err := l.conn.SharesServer(ctx, lockPID)
+	replicates, err := l.conn.SharesServer(ctx, lockPID)
 	if err != nil {
 		return err
 	}
-	if !same {
+	queries, err := sql.SharesServer(ctx, l.db, lockPID)
+	if err != nil {
+		return err
+	}
+	if !replicates || !queries {
 		return errors.New("two connections have led to two servers; one of them is not, or is no longer, the primary")
 	}
 	l.system, err = l.conn.Identify(ctx)

@@ -94,12 +94,13 @@ func (d doubt) after(err error) doubt {
 type action int
 
 const (
-	actStream  action = iota // go on behind skip
-	actRaise                 // begin a new epoch
-	actRewind                // take back ticks that are no longer true
-	actMake                  // make the slot anew
-	actRecover               // deliver the rows from before the slot
-	actHalt                  // give up, with err
+	actStream   action = iota // go on behind skip
+	actRaise                  // begin a new epoch
+	actRewind                 // take back ticks that are no longer true
+	actDistrust               // have the slot made anew, and take back ticks that may be false because of its publication
+	actMake                   // make the slot anew
+	actRecover                // deliver the rows from before the slot
+	actHalt                   // give up, with err
 )
 
 // step is an action with what it needs. Each is stored as a whole, so that a bridge which is killed finds the facts as they were before
@@ -290,7 +291,7 @@ func (f *facts) forgot() bool {
 	if !f.remembers {
 		return false
 	}
-	if f.ticked && f.tail.Last < f.tick.StreamSeq {
+	if f.ticked && f.tail.Holds < f.tick.StreamSeq {
 		return true
 	}
 	return !f.record.Done && f.record.Destination == f.destination && f.tail.Last < f.record.RecoveredSeq
@@ -298,7 +299,7 @@ func (f *facts) forgot() bool {
 
 // endPosition is the position at which the destination ends, for finding the ticks that it reaches.
 func (f *facts) endPosition() event.Position {
-	if f.tail.Sequence == 0 && f.tail.Last > 0 {
+	if f.tail.Sequence == 0 && f.tail.Holds > 0 {
 		return event.Position{Epoch: math.MaxUint32} // nothing is left that would tell
 	}
 	return f.tail.Position
@@ -309,9 +310,9 @@ func whatIsForgotten(f *facts) (step, bool) {
 	if !f.forgot() {
 		return step{}, false
 	}
-	forgotten := max(f.tick.StreamSeq, f.record.RecoveredSeq) - f.tail.Last
+	forgotten := max(f.tick.StreamSeq, f.record.RecoveredSeq) - f.tail.Holds
 	what := fmt.Sprintf("it ends at sequence %d, position %s, and had acknowledged sequence %d, position %s, so that %d messages are forgotten",
-		f.tail.Last, f.tail.Position, f.tick.StreamSeq, f.tick.Position, forgotten)
+		f.tail.Holds, f.tail.Position, f.tick.StreamSeq, f.tick.Position, forgotten)
 	s := step{action: actRewind, why: what, tick: f.held.ID}
 	s.slotHolds = f.record.Done && f.usable() && f.holds && f.slot.ConfirmedFlush <= f.held.LSN
 	if !s.slotHolds && !f.reach && !f.acceptGap {
@@ -340,6 +341,8 @@ func (f *facts) usable() bool {
 	return f.exists && f.record.Made && !f.slot.Lost() && f.slot.Plugin == replication.Plugin
 }
 
+const publicationChanged = "its publication was changed, so that it may have passed over rows"
+
 // whichSlot has a slot made that is missing, cannot be read any more, or has passed over rows.
 func whichSlot(f *facts) (step, bool) {
 	var why string
@@ -357,7 +360,7 @@ func whichSlot(f *facts) (step, bool) {
 			why = "it was not made to the end"
 		}
 	case f.record.Publication != "" && f.record.Publication != f.publication:
-		why = "its publication was changed, so that it may have passed over rows"
+		return step{action: actDistrust, why: publicationChanged}, true
 	case f.doubt == miscounted && f.acceptGap:
 		why = "events are missing in the stream, and are delivered late"
 	case f.doubt == miscounted && f.tail.Foreign == 0 && f.ticked && f.slot.ConfirmedFlush > f.tick.LSN,
@@ -414,6 +417,12 @@ func (f *facts) stream() step {
 		s.last = sink.Progress{Position: f.tick.Position, Sequence: f.tick.StreamSeq}
 	}
 	if !f.remembers {
+		return s
+	}
+	if !f.tail.Exclusive {
+		// What stands behind the newest tick is known by its id alone: an event may be missing before another one.
+		s.skip = decode.Skip{Through: f.tick.Position}
+		s.last = sink.Progress{Position: f.tick.Position, Sequence: f.tick.StreamSeq}
 		return s
 	}
 	if f.ticked {

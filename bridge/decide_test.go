@@ -120,7 +120,7 @@ func (w *world) begun(tx int) bool {
 }
 
 func (w *world) tail() sink.Tail {
-	t := sink.Tail{Last: uint64(len(w.stream)), Exclusive: true, Source: w.source()}
+	t := sink.Tail{Last: uint64(len(w.stream)), Holds: uint64(len(w.stream)), Exclusive: true, Source: w.source()}
 	var known uint64
 	if tick, ok := w.newest(); ok {
 		known = tick.StreamSeq
@@ -255,9 +255,9 @@ func (w *world) recover(f *facts) {
 	}
 	held := map[int64]bool{}
 	floor := 0
-	for _, tick := range w.ticks {
-		if tick.ID == w.record.RecoveredAfter {
-			floor = int(tick.BeginSeq)
+	for i, tick := range w.ticks {
+		if tick.ID == w.record.RecoveredAfter && i > 0 {
+			floor = int(w.ticks[i-1].StreamSeq) // which was stored before the newest one began
 		}
 	}
 	for _, m := range w.stream[min(floor, len(w.stream)):] {
@@ -275,7 +275,7 @@ func (w *world) recover(f *facts) {
 	position := f.recoveredAt(f.lastPosition())
 	if len(rows) == 0 {
 		w.record.Done = true
-		w.store(worldTick{Tick: sql.Tick{LSN: w.start, Position: position, StreamSeq: max(w.record.RecoveredSeq, f.tail.Last), BeginSeq: uint64(floor)},
+		w.store(worldTick{Tick: sql.Tick{LSN: w.start, Position: position, StreamSeq: max(w.record.RecoveredSeq, f.tail.Last)},
 			sees: w.snapshot})
 		return
 	}
@@ -381,7 +381,7 @@ func (b *session) ack(n int) {
 }
 
 func (b *session) beginTick(w *world) {
-	b.tick = &worldTick{Tick: sql.Tick{LSN: w.now(), BeginSeq: b.tracker.snapshot().last.Sequence}, sees: len(w.transactions)}
+	b.tick = &worldTick{Tick: sql.Tick{LSN: w.now()}, sees: len(w.transactions)}
 }
 
 // storeTick stores the tick that was begun, if it has come true.

@@ -29,10 +29,13 @@ func (l *leader) prepare(ctx context.Context) (step, error) {
 		if s.action == actStream {
 			l.sayForeign(f)
 			l.slot, l.before = f.slot, f.newest.Events
-			if f.remembers && f.slot.ConfirmedFlush > f.newest.LSN {
-				l.witness = newWitness(f.newest.Snapshot)
+			if err := l.hearWitness(ctx, f); err != nil {
+				return step{}, err
 			}
-			return s, nil
+			if f.remembers && !f.tail.Exclusive {
+				s.skip.Held, err = l.heldBehind(ctx, f.tick.StreamSeq)
+			}
+			return s, err
 		}
 		if err := l.act(ctx, f, s); err != nil {
 			return step{}, err
@@ -54,12 +57,15 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 	case actRewind:
 		l.Logger.Warn("the stream has forgotten what it acknowledged; delivering it again", "because", s.why, "from_slot", s.slotHolds)
 		return sql.Rewind(ctx, l.db, l.record, s.tick, s.slotHolds, "the stream had forgotten what it acknowledged")
+	case actDistrust:
+		l.Logger.Warn("the slot is to be made anew", "slot", l.Slot, "because", s.why)
+		return sql.RemakeSlot(ctx, l.db, l.record, s.why, true)
 	case actMake:
 		l.Logger.Warn("the slot is lost; making it anew and delivering from the buffer what it held", "slot", l.Slot, "because", s.why,
 			"times_made", l.record.MadeTimes)
 		*l.doubt = noDoubt
 		var err error
-		l.record, err = makeSlot(ctx, l.db, l.conn, &l.Config, l.system, s.why)
+		l.record, err = makeSlot(ctx, l.db, l.conn, &l.Config, l.system, l.record.Term, s.why)
 		return err
 	case actRecover:
 		return l.recover(ctx, f)
@@ -171,8 +177,14 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 		return nil
 	}
 	if f.forgot() {
-		if f.held, f.holds, err = sql.TickAt(ctx, l.db, f.record, l.Destination, f.tail.Last, f.endPosition()); err != nil {
+		if f.held, f.holds, err = sql.TickAt(ctx, l.db, f.record, l.Destination, f.tail.Holds, f.endPosition()); err != nil {
 			return err
+		}
+		if !f.holds {
+			// What was delivered to another destination before this one is none of its business.
+			if f.held, f.holds, err = sql.TickBefore(ctx, l.db, f.record, l.Destination); err != nil {
+				return err
+			}
 		}
 		f.reach, err = sql.Reach(ctx, l.db, f.record, f.held.ID)
 		return err
@@ -189,6 +201,36 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 	}
 	f.lost, err = l.lostEvents(ctx, scanner, f, at)
 	return err
+}
+
+// hearWitness has a witness see what comes by if the slot begins behind what is recorded, as it does after a quiet time, and as another one
+// does that somebody has made in its place. What the destination holds already has come by.
+func (l *leader) hearWitness(ctx context.Context, f *facts) error {
+	scanner, ok := l.Sink.(sink.Scanner)
+	if !ok || f.slot.ConfirmedFlush <= f.newest.LSN {
+		return nil
+	}
+	l.witness = newWitness(f.newest.Snapshot)
+	floor, err := sql.UnrecordedFloor(ctx, l.db, l.Slot, l.Destination)
+	if err != nil {
+		return err
+	}
+	return scanner.Scan(ctx, floor, func(m sink.Stored) error {
+		l.witness.see(m.ID)
+		return nil
+	})
+}
+
+// heldBehind returns a function that tells the events which the destination holds behind a sequence number.
+func (l *leader) heldBehind(ctx context.Context, seq uint64) (func(id []byte) bool, error) {
+	held := newHoldings(false)
+	if err := l.addHeld(ctx, held, seq); err != nil {
+		return nil, err
+	}
+	return func(id []byte) bool {
+		n, err := strconv.ParseInt(string(id), 10, 64)
+		return err == nil && held.ids.has(n)
+	}, nil
 }
 
 func (l *leader) recoveredSeq(f *facts) uint64 {

@@ -10,6 +10,7 @@ import (
 
 	"ebb/decode"
 	"ebb/event"
+	"ebb/internal/sleep"
 	"ebb/sink"
 	"ebb/sql"
 )
@@ -21,6 +22,9 @@ const recoverBytes = 1 << 20
 // delivered again, if the sink can tell. When the sink turns out to have forgotten what was just delivered, it returns early, without an
 // error: the facts are others then.
 func (l *leader) recover(ctx context.Context, f *facts) error {
+	if err := l.awaitVisible(ctx); err != nil {
+		return err
+	}
 	seq := f.tail.Last
 	if l.record.Destination != l.Destination {
 		if err := sql.BeginRecovery(ctx, l.db, l.record, l.Destination, seq); err != nil {
@@ -40,6 +44,11 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 			"messages", f.tail.Removed)
 	}
 	position := f.lastPosition()
+	// The last message that the recovery's tick stands for: where others publish as well, it is to be one of ours.
+	lastSeq := max(f.tail.Sequence, f.tick.StreamSeq)
+	if f.tail.Exclusive {
+		lastSeq = f.tail.Last
+	}
 	for {
 		if err := l.at("page"); err != nil {
 			return err
@@ -68,6 +77,7 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 		if tail.Position.Compare(position) > 0 {
 			position = tail.Position
 		}
+		lastSeq = max(lastSeq, tail.Sequence)
 		at := f.recoveredAt(position)
 		n, last, err := l.recoverPage(ctx, at, rows, held)
 		if err != nil {
@@ -76,7 +86,7 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 		if n > 0 {
 			position = at
 		}
-		seq = max(seq, last)
+		seq, lastSeq = max(seq, last), max(lastSeq, last)
 		l.record.RecoveredID = rows[len(rows)-1].ID
 		l.record.Recovered += int64(n)
 		if err := l.at("delivered page"); err != nil {
@@ -86,13 +96,30 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 			return err
 		}
 	}
-	if err := sql.RecoveryDone(ctx, l.db, l.record, l.Destination, position, seq); err != nil {
+	if err := sql.RecoveryDone(ctx, l.db, l.record, l.Destination, position, lastSeq); err != nil {
 		return err
 	}
 	if l.record.Recovered > 0 {
 		l.Logger.Info("delivered the rows from before the slot", "slot", l.Slot, "events", l.record.Recovered)
 	}
 	return nil
+}
+
+// awaitVisible waits until a query sees every row that is to be recovered.
+func (l *leader) awaitVisible(ctx context.Context) error {
+	for began, said := time.Now(), false; ; {
+		ok, err := sql.AllVisible(ctx, l.db, l.Slot)
+		if ok || err != nil {
+			return err
+		}
+		if !said && time.Since(began) > waitersAfter {
+			said = true
+			l.Logger.Warn("the recovery waits for transactions to become visible that wait for a synchronous standby", "slot", l.Slot)
+		}
+		if err := sleep.For(ctx, caughtUpPoll); err != nil {
+			return err
+		}
+	}
 }
 
 // lastPosition is the position of the last event that is known to be delivered.

@@ -38,8 +38,8 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	for {
-		why, err := whyMakeSlot(ctx, db, cfg.Slot, system)
+	for said := false; ; {
+		why, term, err := whyMakeSlot(ctx, db, cfg.Slot, system)
 		if why == "" || err != nil {
 			return false, err
 		}
@@ -48,11 +48,15 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 			return false, err
 		}
 		if leads {
-			_, err := makeSlot(ctx, db, conn, &cfg, system, why)
+			_, err := makeSlot(ctx, db, conn, &cfg, system, term, why)
 			if err == nil {
 				err = sql.StepDown(ctx, db, cfg.Slot)
 			}
 			return err == nil, err
+		}
+		if !said {
+			said = true
+			cfg.Logger.Info("a bridge leads, and makes the slot; waiting for that", "slot", cfg.Slot)
 		}
 		if err := sleep.For(ctx, standbyPoll); err != nil {
 			return false, fmt.Errorf("wait for the bridge that leads on slot %q to make it: %w", cfg.Slot, err)
@@ -60,42 +64,43 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 	}
 }
 
-// whyMakeSlot says why a slot is to be made, or "". A slot that cannot have been ebb's and is somebody's is an error.
-func whyMakeSlot(ctx context.Context, db *pgxConn, name string, system replication.System) (string, error) {
+// whyMakeSlot says why a slot is to be made, or "", and the term of its record, or 0. A slot that cannot have been ebb's and is somebody's is an error.
+func whyMakeSlot(ctx context.Context, db *pgxConn, name string, system replication.System) (why string, term int64, err error) {
 	record, err := sql.ReadSlot(ctx, db, name)
 	if err != nil && !errors.Is(err, sql.ErrNoRecord) {
-		return "", err
+		return "", 0, err
 	}
 	recorded := err == nil
 	slot, err := replication.InspectSlot(ctx, db, name)
 	switch {
 	case errors.Is(err, replication.ErrNoSlot) && recorded:
-		return "the slot does not exist", nil
+		return "the slot does not exist", record.Term, nil
 	case errors.Is(err, replication.ErrNoSlot):
-		return "setup", nil
+		return "setup", 0, nil
 	case err != nil:
-		return "", err
+		return "", 0, err
 	}
 	if err := slot.Ours(system.Database); err != nil {
-		return "", err
+		return "", 0, err
 	}
 	// What follows from a change of the timeline is for the bridge to decide, which can ask the destination.
 	if recorded && record.Made && !slot.Lost() && slot.Plugin == replication.Plugin && record.SystemIdentifier == system.ID {
-		return "", nil
+		return "", 0, nil
 	}
 	if err := slot.Usable(system.Database); err != nil && !recorded {
-		return "", err
+		return "", 0, err
 	}
 	if slot.Active && slot.ActiveName != name {
-		return "", fmt.Errorf("%w: slot %q is not ebb's and is in use by pid %d (%s): stop that, or choose another name for the slot setting",
+		return "", 0, fmt.Errorf("%w: slot %q is not ebb's and is in use by pid %d (%s): stop that, or choose another name for the slot setting",
 			replication.ErrForeignSlot, name, slot.ActivePID, slot.ActiveName)
 	}
-	return "there was another slot of that name", nil
+	return "there was another slot of that name", record.Term, nil
 }
 
 // makeSlot makes the slot, in place of one that there may be, and returns its record, which is of a new term. Whenever it is interrupted,
 // the record says that it has to be done again.
-func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Config, system replication.System, why string) (sql.SlotRecord, error) {
+func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Config, system replication.System, term int64,
+	why string) (sql.SlotRecord, error) {
 	publication, err := sql.ReadPublication(ctx, db, cfg.Publication)
 	if err == nil {
 		err = publication.Check()
@@ -103,7 +108,7 @@ func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Con
 	if err != nil {
 		return sql.SlotRecord{}, err
 	}
-	record, err := sql.PrepareSlot(ctx, db, cfg.Slot, system.ID, system.Timeline, publication.Mark, why)
+	record, err := sql.PrepareSlot(ctx, db, cfg.Slot, system.ID, system.Timeline, term, publication.Mark, why)
 	if err != nil {
 		return sql.SlotRecord{}, err
 	}
@@ -148,6 +153,9 @@ func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Con
 		return sql.SlotRecord{}, err
 	}
 	if err := sql.RecordSlot(ctx, db, record, made.Snapshot, made.ConsistentPoint); err != nil {
+		if errors.Is(err, sql.ErrSuperseded) {
+			err = errors.Join(err, conn.DropSlot(ctx, cfg.Slot)) // nobody has a record of it
+		}
 		return sql.SlotRecord{}, err
 	}
 	return record, cfg.at("recorded")
@@ -172,7 +180,9 @@ func sayWaiters(ctx context.Context, db *pgxConn, log *slog.Logger) {
 			return
 		}
 		// A cancelled query would end the session, which others use.
-		lines, err := replication.Waiters(context.WithoutCancel(ctx), db)
+		asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), waitersEvery)
+		lines, err := replication.Waiters(asking, db)
+		cancel()
 		if err != nil {
 			log.Warn("the slot waits for transactions to end", "error", err)
 		}

@@ -12,25 +12,29 @@ import (
 // caughtUpPoll is how often a tick looks whether delivery has reached it. Delivery is usually there within a round trip.
 const caughtUpPoll = 20 * time.Millisecond
 
+// maxPause bounds, in intervals, the time between ticks that are stored because the one before did not tell.
+const maxPause = 64
+
 // tick records delivery: once in TickEvery, and only when events were delivered since, a snapshot is read together with the
 // end of the log, and stored once everything before that end is delivered. A quiet buffer is not written to.
 //
-// The first tick comes in any case, as the last of what was delivered before the stream started may not be recorded. And every
-// delivery is followed by two: a transaction is decoded a moment before a snapshot shows it.
+// The first tick comes in any case, as the last of what was delivered before the stream started may not be recorded. And ticks go on until
+// one sees all that was delivered: a transaction is decoded a moment before a snapshot shows it, and long before if it waits for a
+// synchronous standby. Where other transactions stay open and one cannot tell, they come at longer and longer intervals.
 func (l *leader) tick(ctx context.Context) error {
 	every := time.NewTicker(l.TickEvery)
 	defer every.Stop()
-	var recorded uint64
-	for due := 2; ; {
+	var recorded, stored uint64 // events, and the transaction that stored the first tick behind the last one of them
+	due, pause, waited := true, 1, 0
+	for {
 		select {
 		case <-every.C:
 		case <-ctx.Done():
 			return nil
 		}
 		// What is delivered from here on may be too late for the snapshot.
-		begin := l.tracker.snapshot()
-		if begin.delivered != recorded {
-			recorded, due = begin.delivered, 2
+		if delivered := l.tracker.snapshot().delivered; delivered != recorded {
+			recorded, stored, due, pause, waited = delivered, 0, true, 1, 0
 		}
 		tick, publication, err := sql.BeginTick(ctx, l.db, l.Publication)
 		if err != nil {
@@ -40,9 +44,10 @@ func (l *leader) tick(ctx context.Context) error {
 		if err := l.checkPublication(ctx, publication); err != nil {
 			return ignoreEnd(ctx, err)
 		}
-		if due == 0 {
+		if waited++; !due || waited < pause {
 			continue
 		}
+		waited = 0
 		now, ok := l.awaitDelivered(ctx, tick.LSN)
 		if !ok {
 			return nil
@@ -51,14 +56,25 @@ func (l *leader) tick(ctx context.Context) error {
 			return ignoreEnd(ctx, err)
 		}
 		tick.Position, tick.StreamSeq, tick.Events = now.last.Position, now.last.Sequence, l.before+int64(now.delivered)
-		tick.BeginSeq = begin.last.Sequence
 		tick.Destination, tick.Epoch = l.Destination, l.record.Epochs.Last()
-		if err := sql.StoreTick(ctx, l.db, l.record, tick, l.TickKeep); err != nil {
+		xid, err := sql.StoreTick(ctx, l.db, l.record, tick, l.TickKeep)
+		if err != nil {
 			return ignoreEnd(ctx, err)
 		}
 		confirmed := l.tracker.cover(tick.LSN)
 		l.out.Confirm(confirmed.write, confirmed.flush)
-		due--
+
+		oldest, err := tick.Oldest()
+		switch {
+		case err != nil:
+			return err
+		case stored == 0:
+			stored = xid
+		case oldest > stored:
+			due = false // whatever had been delivered by then has ended
+		default:
+			pause = min(2*pause, maxPause)
+		}
 	}
 }
 
@@ -71,11 +87,10 @@ func (l *leader) checkPublication(ctx context.Context, p sql.Publication) error 
 	if l.record.Publication == "" || p.Mark == l.record.Publication {
 		return nil
 	}
-	const because = "its publication was changed, so that it may have passed over rows"
-	if err := sql.RemakeSlot(ctx, l.db, l.record, because); err != nil {
+	if err := sql.RemakeSlot(ctx, l.db, l.record, publicationChanged, true); err != nil {
 		return err
 	}
-	return fmt.Errorf("slot %q: %w: %s", l.Slot, sql.ErrNotMade, because)
+	return fmt.Errorf("slot %q: %w: %s", l.Slot, sql.ErrNotMade, publicationChanged)
 }
 
 // checkWitness returns an error if rows that the tick is to record as delivered have not come by since the stream started, nor were they
@@ -94,7 +109,7 @@ func (l *leader) checkWitness(ctx context.Context, tick sql.Tick) error {
 	}
 	if missed > 0 {
 		because := fmt.Sprintf("it has passed over %d rows, so that somebody must have made another one or moved it", missed)
-		if err := sql.RemakeSlot(ctx, l.db, l.record, because); err != nil {
+		if err := sql.RemakeSlot(ctx, l.db, l.record, because, false); err != nil {
 			return err
 		}
 		return fmt.Errorf("slot %q: %w: %s", l.Slot, sql.ErrNotMade, because)

@@ -40,6 +40,8 @@ type Skip struct {
 	Comes bool
 	// More is how many events behind Through are left out as well.
 	More uint64
+	// Held, unless nil, tells events behind Through that are left out as well, by their ids.
+	Held func(id []byte) bool
 	// Counted says that the destination holds Count events behind Since, up to Through, all of which are yet to come by.
 	Counted bool
 	Since   event.Position
@@ -241,7 +243,7 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 	if d.see != nil {
 		d.see(m.column(t.id))
 	}
-	if !d.passed || d.more < d.skip.More {
+	if !d.passed || d.more < d.skip.More || d.skip.Held != nil {
 		if left, err := d.leaveOut(t); left || err != nil {
 			return err
 		}
@@ -288,6 +290,7 @@ func (d *Decoder) leaveOut(t *table) (bool, error) {
 	case d.more < d.skip.More:
 		d.more++
 		d.last = d.position
+	case d.skip.Held != nil && d.skip.Held(d.insert.column(t.id)):
 	default:
 		return false, nil
 	}

@@ -68,6 +68,9 @@ type Tail struct {
 	ID       string
 	// Last is the sequence number of the last message that was ever stored, from whomever.
 	Last uint64
+	// Holds is the sequence number up to which the destination holds what it has acknowledged: Last, unless messages of others stand where
+	// the newest event was that is known.
+	Holds uint64
 	// Exclusive says that nobody else is to store messages there, so that sequence numbers count events.
 	Exclusive bool
 	// Removed is how many messages behind Sequence, and behind what is known, are there no more. In an exclusive destination they were

@@ -63,20 +63,35 @@ func Recovered(ctx context.Context, db *pgx.Conn, r SlotRecord, id int64, n int,
 func RecoveryDone(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, position event.Position, seq uint64) error {
 	return update(ctx, db, r, "store that the recovery is done", `WITH slot AS (
 			UPDATE ebb.slot SET recovered_at = clock_timestamp(), diverged = false WHERE name = $1 AND term = $2 AND snapshot IS NOT NULL RETURNING *)
-		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination, begin_seq)
-		SELECT s.consistent_point, s.snapshot, $3, $4, s.epoch, coalesce(t.events, 0) + s.recovered_events, s.name, s.system_identifier, $5,
-			CASE WHEN t.destination = $5 THEN t.begin_seq ELSE 0 END
+		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination)
+		SELECT s.consistent_point, s.snapshot, $3, $4, s.epoch, coalesce(t.events, 0) + s.recovered_events, s.name, s.system_identifier, $5
 		FROM slot s LEFT JOIN ebb.tick t ON t.id = s.recovered_after`, position.String(), int64(seq), destination)
 }
 
 // Reach says whether the buffer still holds every row that was not delivered when a tick was stored, or, with 0, every row that there
-// ever was. Rows that were removed are those of transactions that had ended before some moment.
+// ever was.
 func Reach(ctx context.Context, db *pgx.Conn, r SlotRecord, tick int64) (bool, error) {
 	var ok bool
-	err := db.QueryRow(ctx, `SELECT NOT EXISTS (SELECT FROM ebb.removed WHERE system_identifier = $2
-		AND through > coalesce((SELECT pg_snapshot_xmin(snapshot) FROM ebb.tick WHERE id = $1), '0'))`, tick, r.SystemIdentifier).Scan(&ok)
+	err := db.QueryRow(ctx, `SELECT NOT EXISTS (SELECT FROM ebb.removed r WHERE r.system_identifier = $2
+		AND NOT coalesce((SELECT pg_visible_in_snapshot(r.newest, t.snapshot) FROM ebb.tick t WHERE t.id = $1), false))`, tick, r.SystemIdentifier).Scan(&ok)
 	if err != nil {
 		return false, fmt.Errorf("find out which rows were removed from the buffer: %w", withHint(err))
+	}
+	return ok, nil
+}
+
+// AllVisible reports whether a query sees every row that is to be recovered. A transaction that waits for a synchronous standby has
+// ended before the slot begins, and no query sees it yet.
+func AllVisible(ctx context.Context, db *pgx.Conn, slot string) (bool, error) {
+	var ok bool
+	err := db.QueryRow(ctx, `SELECT NOT EXISTS (
+			SELECT FROM pg_snapshot_xip(now) x WHERE pg_visible_in_snapshot(x, s.snapshot)
+			UNION ALL
+			SELECT FROM generate_series(pg_snapshot_xmax(now)::text::bigint, pg_snapshot_xmax(s.snapshot)::text::bigint - 1) x
+			WHERE pg_visible_in_snapshot(x::text::xid8, s.snapshot))
+		FROM ebb.slot s, pg_current_snapshot() now WHERE s.name = $1`, slot).Scan(&ok)
+	if err != nil {
+		return false, fmt.Errorf("look for transactions that are not visible yet: %w", withHint(err))
 	}
 	return ok, nil
 }
@@ -113,19 +128,27 @@ func MissingRows(ctx context.Context, db *pgx.Conn, ids []int64) ([]int64, error
 }
 
 // RecoveryFloor returns the sequence number in the stream behind which ids may stand that a recovery must not deliver again: those of
-// rows which the newest tick does not see. Of the ticks whose snapshot had ended before the newest one's began, which may be itself, the
-// newest one tells: whatever was delivered before it began is of transactions that the newest tick sees. A transaction that waits for a
-// synchronous standby is decoded before any snapshot shows it, and a tick is stored some time after its snapshot was read. Another
-// destination than that of the ticks is searched from its beginning.
+// rows which the tick that it begins behind does not see. Whatever that does not see began to write after a tick was stored whose own
+// transaction it does see, with all before. (That the snapshot of one had ended before the other's began is not enough: a transaction may
+// run, and have been delivered, whose id is not below the end of either.) Another destination than that of the ticks is searched from
+// its beginning.
 func RecoveryFloor(ctx context.Context, db *pgx.Conn, slot, destination string) (uint64, error) {
+	return floor(ctx, db, "(SELECT recovered_after FROM ebb.slot WHERE name = $1)", slot, destination)
+}
+
+// UnrecordedFloor is the same for what the newest tick does not see.
+func UnrecordedFloor(ctx context.Context, db *pgx.Conn, slot, destination string) (uint64, error) {
+	return floor(ctx, db, "(SELECT max(id) FROM ebb.tick WHERE slot = $1)", slot, destination)
+}
+
+func floor(ctx context.Context, db *pgx.Conn, tick, slot, destination string) (uint64, error) {
 	var seq int64
 	err := db.QueryRow(ctx, `SELECT coalesce((
-		SELECT t.begin_seq FROM ebb.slot s JOIN ebb.tick n ON n.id = s.recovered_after
-		JOIN ebb.tick t ON (t.slot, t.system_identifier, t.destination) = (n.slot, n.system_identifier, n.destination)
-			AND t.id <= n.id AND pg_snapshot_xmax(t.snapshot) <= pg_snapshot_xmin(n.snapshot)
-		WHERE s.name = $1 AND n.destination = $2 ORDER BY t.id DESC LIMIT 1), 0)`, slot, destination).Scan(&seq)
+		SELECT t.stream_seq FROM ebb.tick n JOIN ebb.tick t ON (t.slot, t.system_identifier, t.destination) = (n.slot, n.system_identifier, n.destination)
+			AND t.xid < pg_snapshot_xmin(n.snapshot)
+		WHERE n.id = `+tick+` AND n.slot = $1 AND n.destination = $2 ORDER BY t.id DESC LIMIT 1), 0)`, slot, destination).Scan(&seq)
 	if err != nil {
-		return 0, fmt.Errorf("find where the recovery starts in the stream: %w", withHint(err))
+		return 0, fmt.Errorf("find out from where on the stream has to be compared: %w", withHint(err))
 	}
 	return uint64(seq), nil
 }

@@ -46,12 +46,27 @@ func TryLead(ctx context.Context, db *pgx.Conn, slot string) (bool, error) {
 	return ok, nil
 }
 
+// LimitIdle has the server end a session that asks nothing for some seconds, as [Hold] does.
+func LimitIdle(ctx context.Context, db *pgx.Conn) error {
+	if _, err := db.Exec(ctx, fmt.Sprintf("SET idle_session_timeout = %d", sessionTimeout.Milliseconds())); err != nil {
+		return fmt.Errorf("limit the idle time of the session that holds the leader's lock: %w", err)
+	}
+	return nil
+}
+
+// SharesServer reports whether db is a session of the server on which the session with a process id holds the lock of a bridge.
+func SharesServer(ctx context.Context, db *pgx.Conn, pid uint32) (bool, error) {
+	var ok bool
+	err := db.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND pid = $1)", int32(pid)).Scan(&ok)
+	if err != nil {
+		return false, fmt.Errorf("compare the servers of two connections: %w", err)
+	}
+	return ok, nil
+}
+
 // Hold keeps the session that holds the leader's lock alive, until ctx ends or the session does, which is an error. It notices at once
 // when the server ends the session, as it does when it shuts down.
 func Hold(ctx context.Context, db *pgx.Conn) error {
-	if _, err := db.Exec(ctx, fmt.Sprintf("SET idle_session_timeout = %d", sessionTimeout.Milliseconds())); err != nil {
-		return fmt.Errorf("hold the leader's lock: %w", err)
-	}
 	for {
 		listening, cancel := context.WithTimeout(ctx, pingEvery)
 		_, err := db.WaitForNotification(listening)

@@ -59,32 +59,43 @@ type SlotRecord struct {
 	Adopted string
 }
 
-// remakeSlots says of every slot that it is to be made anew.
-const remakeSlots = `UPDATE ebb.slot SET snapshot = NULL, consistent_point = NULL, recovered_at = NULL,
-	made_because = 'its publication was made or mended'`
+// distrusted are the ticks of a slot s that may have been stored while its publication was not what it seemed: the transaction that
+// changed it is decoded a moment before a snapshot shows it, and long before if it waits for a synchronous standby. One that was stored
+// before any transaction began that the newest tick does not see is true.
+const distrusted = `DELETE FROM ebb.tick t USING (SELECT slot, max(id) AS id FROM ebb.tick GROUP BY slot) newest JOIN ebb.tick n ON n.id = newest.id
+	WHERE t.slot = n.slot AND t.xid >= pg_snapshot_xmin(n.snapshot)`
+
+// remakeSlots says of every slot that it is to be made anew, as its publication was changed.
+const remakeSlots = `WITH distrusted AS (` + distrusted + `)
+	UPDATE ebb.slot SET snapshot = NULL, consistent_point = NULL, recovered_at = NULL, made_because = 'its publication was made or mended'`
 
 // PrepareSlot stores that a slot is about to be made, and why. Until [RecordSlot], the record says that a slot of this name, if
 // there is one, must be made anew: a slot cannot be made in one transaction with its record, and whoever is killed in between must
-// not leave a slot that seems to be the recorded one. It ends the term of whoever leads, and returns the record.
+// not leave a slot that seems to be the recorded one. It needs the term of the record, 0 if there is none, begins another and returns that.
 //
 // Rows that were restored from a dump carry transaction ids of another cluster, and no snapshot of this one would see some of them until it
 // has come as far. They get the id of this transaction.
 //
 // The epoch rises when the record was of another cluster, where the same LSN is another place. A change of the timeline alone is
 // left to the bridge, which can tell what was delivered on the old one.
-func PrepareSlot(ctx context.Context, db *pgx.Conn, name, systemIdentifier string, timeline int32, publication, because string) (SlotRecord, error) {
+func PrepareSlot(ctx context.Context, db *pgx.Conn, name, systemIdentifier string, timeline int32, term int64, publication, because string) (SlotRecord, error) {
 	err := pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
-		_, err := tx.Exec(ctx, `INSERT INTO ebb.slot AS s (name, system_identifier, timeline, epoch, publication, made, made_because, term)
+		tag, err := tx.Exec(ctx, `INSERT INTO ebb.slot AS s (name, system_identifier, timeline, epoch, publication, made, made_because, term)
 			VALUES ($1, $2, $3, 1, $4, 0, $5, 1)
 			ON CONFLICT (name) DO UPDATE SET
 				epoch = s.epoch + (s.system_identifier <> excluded.system_identifier)::int,
 				timeline = CASE WHEN s.system_identifier = excluded.system_identifier THEN s.timeline ELSE excluded.timeline END,
 				diverged = s.diverged OR s.system_identifier <> excluded.system_identifier,
+				adopted = CASE WHEN s.system_identifier = excluded.system_identifier THEN s.adopted END, -- it came with a copy
 				system_identifier = excluded.system_identifier, publication = excluded.publication, made_because = excluded.made_because,
-				term = s.term + 1, snapshot = NULL, consistent_point = NULL, recovered_at = NULL`,
-			name, systemIdentifier, timeline, publication, because)
+				term = s.term + 1, snapshot = NULL, consistent_point = NULL, recovered_at = NULL
+			WHERE s.term = $6`,
+			name, systemIdentifier, timeline, publication, because, term)
 		if err != nil {
 			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return ErrSuperseded
 		}
 		_, err = tx.Exec(ctx, `INSERT INTO ebb.epoch (slot, epoch, from_lsn, system_identifier, timeline, reason)
 			SELECT name, epoch, '0/0', system_identifier, timeline, CASE WHEN epoch = 1 THEN 'setup' ELSE 'another cluster' END
@@ -199,22 +210,27 @@ func RaiseEpoch(ctx context.Context, db *pgx.Conn, r SlotRecord, to Raise) error
 // Rewind takes back the ticks behind one, 0 for all of them, because the destination has forgotten what they recorded. Unless the
 // slot still holds all of that, it is to be made anew; of one whose recovery is not done, the recovery begins anew.
 func Rewind(ctx context.Context, db *pgx.Conn, r SlotRecord, tick int64, slotHolds bool, because string) error {
-	return update(ctx, db, r, fmt.Sprintf("take back the ticks behind %d", tick), `WITH taken AS (
-			DELETE FROM ebb.tick t USING ebb.slot s WHERE s.name = $1 AND s.term = $2 AND t.slot = s.name AND t.id > $3)
-		UPDATE ebb.slot SET
-			snapshot = CASE WHEN $4 OR recovered_at IS NULL THEN snapshot END,
-			consistent_point = CASE WHEN $4 OR recovered_at IS NULL THEN consistent_point END,
-			recovered_at = CASE WHEN $4 THEN recovered_at END,
-			recovered_after = CASE WHEN recovered_at IS NULL THEN nullif($3, 0) ELSE recovered_after END,
-			recovered_id = NULL, recovered_seq = NULL,
-			made_because = CASE WHEN $4 OR recovered_at IS NULL THEN made_because ELSE $5 END
-		WHERE name = $1 AND term = $2`, tick, slotHolds, because)
+	return update(ctx, db, r, fmt.Sprintf("take back the ticks behind %d", tick), `WITH slot AS (
+			UPDATE ebb.slot SET
+				snapshot = CASE WHEN $4 OR recovered_at IS NULL THEN snapshot END,
+				consistent_point = CASE WHEN $4 OR recovered_at IS NULL THEN consistent_point END,
+				recovered_at = CASE WHEN $4 THEN recovered_at END,
+				recovered_after = CASE WHEN recovered_at IS NULL THEN nullif($3, 0) ELSE recovered_after END,
+				recovered_id = NULL, recovered_seq = NULL,
+				made_because = CASE WHEN $4 OR recovered_at IS NULL THEN made_because ELSE $5 END
+			WHERE name = $1 AND term = $2 RETURNING name
+		), taken AS (
+			DELETE FROM ebb.tick t USING slot WHERE t.slot = slot.name AND t.id > $3)
+		SELECT FROM slot`, tick, slotHolds, because)
 }
 
-// RemakeSlot stores that a slot is to be made anew.
-func RemakeSlot(ctx context.Context, db *pgx.Conn, r SlotRecord, because string) error {
-	return update(ctx, db, r, "have the slot made anew", `UPDATE ebb.slot SET snapshot = NULL, consistent_point = NULL, recovered_at = NULL,
-		made_because = $3 WHERE name = $1 AND term = $2`, because)
+// RemakeSlot stores that a slot is to be made anew. If its publication was changed, ticks that may be false because of that are taken back.
+func RemakeSlot(ctx context.Context, db *pgx.Conn, r SlotRecord, because string, publicationChanged bool) error {
+	return update(ctx, db, r, "have the slot made anew", `WITH slot AS (
+			UPDATE ebb.slot SET snapshot = NULL, consistent_point = NULL, recovered_at = NULL, made_because = $3
+			WHERE name = $1 AND term = $2 RETURNING name
+		), distrusted AS (`+distrusted+` AND $4 AND t.slot IN (SELECT name FROM slot))
+		SELECT FROM slot`, because, publicationChanged)
 }
 
 // update runs a statement about the slot in parameter 1, which applies in the term in parameter 2 alone.

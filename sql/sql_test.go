@@ -210,7 +210,7 @@ func TestTickRecordsWhatItsSnapshotSees(t *testing.T) {
 	system := pgtest.Value[string](t, db, "SELECT system_identifier::text FROM pg_control_system()")
 	record := slot(t, db, "s", system)
 	tick.Events = 1
-	if err := sql.StoreTick(t.Context(), conn, record, tick, time.Hour); err != nil {
+	if _, err := sql.StoreTick(t.Context(), conn, record, tick, time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	recorded := pgtest.Value[[]string](t, db, "SELECT array_agg(topic ORDER BY id) FROM ebb.events WHERE recorded_at IS NOT NULL")
@@ -228,7 +228,11 @@ func TestTickRecordsWhatItsSnapshotSees(t *testing.T) {
 func slot(t *testing.T, db *pgtest.Database, name, system string) sql.SlotRecord {
 	t.Helper()
 	conn := db.Connect(t)
-	prepared, err := sql.PrepareSlot(t.Context(), conn, name, system, 1, "mark", "a test")
+	before, err := sql.ReadSlot(t.Context(), conn, name)
+	if err != nil && !errors.Is(err, sql.ErrNoRecord) {
+		t.Fatal(err)
+	}
+	prepared, err := sql.PrepareSlot(t.Context(), conn, name, system, 1, before.Term, "mark", "a test")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -255,6 +259,8 @@ func read(t *testing.T, conn *pgx.Conn, name string) sql.SlotRecord {
 	return r
 }
 
+func second[T any](_ T, err error) error { return err }
+
 // recordAll stores a tick that covers all rows, and returns its id.
 func recordAll(t *testing.T, conn *pgx.Conn, r sql.SlotRecord, seq uint64) int64 {
 	t.Helper()
@@ -262,8 +268,8 @@ func recordAll(t *testing.T, conn *pgx.Conn, r sql.SlotRecord, seq uint64) int64
 	if err != nil {
 		t.Fatal(err)
 	}
-	tick.StreamSeq, tick.BeginSeq = seq, seq-1
-	if err := sql.StoreTick(t.Context(), conn, r, tick, time.Hour); err != nil {
+	tick.StreamSeq = seq
+	if _, err := sql.StoreTick(t.Context(), conn, r, tick, time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	last, ok, err := sql.LastTick(t.Context(), conn, r)
@@ -313,12 +319,13 @@ func TestRecordOfASlot(t *testing.T) {
 		t.Fatal(err)
 	}
 	for step, err := range map[string]error{
-		"tick":     sql.StoreTick(t.Context(), conn, r, late, time.Hour),
+		"tick":     second(sql.StoreTick(t.Context(), conn, r, late, time.Hour)),
+		"prepare":  second(sql.PrepareSlot(t.Context(), conn, "s", "1", 1, r.Term, "mark", "x")),
 		"page":     sql.Recovered(t.Context(), conn, r, 9, 1, 9),
 		"done":     sql.RecoveryDone(t.Context(), conn, r, "there", position, 9),
 		"rewind":   sql.Rewind(t.Context(), conn, r, 0, false, "x"),
 		"raise":    sql.RaiseEpoch(t.Context(), conn, r, sql.Raise{Epoch: event.Epoch{Number: 9}}),
-		"remake":   sql.RemakeSlot(t.Context(), conn, r, "x"),
+		"remake":   sql.RemakeSlot(t.Context(), conn, r, "x", true),
 		"recorded": sql.RecordSlot(t.Context(), conn, r, "1:1:", 1),
 	} {
 		if !errors.Is(err, sql.ErrSuperseded) {
@@ -422,8 +429,8 @@ func TestRecoveryFloor(t *testing.T) {
 	recordAll(t, conn, r, 20) // sees a transaction in progress that the one before has not seen end
 	recordAll(t, conn, other, 900)
 	r = slot(t, db, "s", "1")
-	if n := floor(); n != 9 {
-		t.Errorf("with a transaction open: %d, want 9", n)
+	if n := floor(); n != 10 {
+		t.Errorf("with a transaction open: %d, want 10", n)
 	}
 	if err := tx.Commit(t.Context()); err != nil {
 		t.Fatal(err)
@@ -431,8 +438,8 @@ func TestRecoveryFloor(t *testing.T) {
 	recordAll(t, conn, other, 950)
 	recordAll(t, conn, r, 30)
 	slot(t, db, "s", "1")
-	if n := floor(); n != 29 {
-		t.Errorf("with none open: %d, want 29", n)
+	if n := floor(); n != 20 {
+		t.Errorf("with none open: %d, want 20, stored before the newest one", n)
 	}
 }
 
@@ -449,8 +456,8 @@ func TestOldTicksAreForgotten(t *testing.T) {
 	recordAll(t, conn, r, 4)
 	db.Exec(t, "UPDATE ebb.tick SET delivered_at = delivered_at - interval '2 hours'")
 	recordAll(t, conn, r, 5)
-	if got := pgtest.Value[[]int64](t, db, "SELECT array_agg(stream_seq ORDER BY id) FROM ebb.tick"); !slices.Equal(got, []int64{2, 3, 5}) {
-		t.Errorf("ticks at %d are left, want 2 (referred to), 3 (of another slot) and 5 (the newest)", got)
+	if got := pgtest.Value[[]int64](t, db, "SELECT array_agg(stream_seq ORDER BY id) FROM ebb.tick"); !slices.Equal(got, []int64{2, 3, 4, 5}) {
+		t.Errorf("ticks at %d are left, want 2 (referred to), 3 (of another slot), 4 (the newest of the old ones) and 5", got)
 	}
 
 	// A slot that is to be made anew gets no ticks: what it passed over would count as delivered.
@@ -463,7 +470,7 @@ func TestOldTicksAreForgotten(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := sql.StoreTick(t.Context(), conn, r, tick, time.Hour); !errors.Is(err, sql.ErrNotMade) {
+	if _, err := sql.StoreTick(t.Context(), conn, r, tick, time.Hour); !errors.Is(err, sql.ErrNotMade) {
 		t.Errorf("stored a tick: %v, want ErrNotMade", err)
 	}
 }

@@ -2,7 +2,10 @@ package sql
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -22,13 +25,21 @@ type Tick struct {
 	Position  event.Position
 	StreamSeq uint64
 	Events    int64
-	// BeginSeq is that of the last event that was delivered before the snapshot was read.
-	BeginSeq uint64
 	// Epoch was the current one.
 	Epoch uint32
 	// Destination is where they were delivered. Position and StreamSeq mean nothing to another one.
 	Destination string
 	DeliveredAt time.Time
+}
+
+// Oldest returns the lowest transaction id of those that the snapshot does not see.
+func (t *Tick) Oldest() (uint64, error) {
+	xmin, _, _ := strings.Cut(t.Snapshot, ":")
+	n, err := strconv.ParseUint(xmin, 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read snapshot %q: %w", t.Snapshot, err)
+	}
+	return n, nil
 }
 
 // BeginTick reads a snapshot and then the end of the log. Once everything before that end is delivered, so is every row whose
@@ -69,34 +80,36 @@ func endOfRecord(insert event.LSN, block, segment uint64) event.LSN {
 	return insert
 }
 
-// StoreTick stores a tick that has come true, and forgets those of the slot that are older than keep, the newest one apart. It
-// returns ErrNotMade when the slot is to be made anew by now, as a tick would have the recovery pass over rows, and ErrSuperseded
-// when the record's term is over.
-func StoreTick(ctx context.Context, db *pgx.Conn, r SlotRecord, t Tick, keep time.Duration) error {
-	tag, err := db.Exec(ctx, `WITH slot AS (
+// StoreTick stores a tick that has come true, and forgets those of the slot that are older than keep, but for the newest of them, which a
+// destination that forgets after a quiet time may reach. It returns the id of the transaction that stored it, or ErrNotMade when the slot is
+// to be made anew by now, as a tick would have the recovery pass over rows, or ErrSuperseded when the record's term is over.
+func StoreTick(ctx context.Context, db *pgx.Conn, r SlotRecord, t Tick, keep time.Duration) (xid uint64, err error) {
+	err = db.QueryRow(ctx, `WITH slot AS (
 			SELECT name, recovered_after FROM ebb.slot WHERE name = $7 AND snapshot IS NOT NULL AND term = $11 FOR SHARE
+		), old AS (
+			SELECT t.id FROM ebb.tick t JOIN slot ON t.slot = slot.name
+			WHERE t.delivered_at < clock_timestamp() - make_interval(secs => $9) AND t.id IS DISTINCT FROM slot.recovered_after
 		), forgotten AS (
-			DELETE FROM ebb.tick t USING slot
-			WHERE t.slot = slot.name AND t.delivered_at < clock_timestamp() - make_interval(secs => $9)
-			  AND t.id IS DISTINCT FROM slot.recovered_after)
-		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination, begin_seq)
-		SELECT $1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, slot.name, $8, $10, $12 FROM slot`,
+			DELETE FROM ebb.tick t USING old WHERE t.id = old.id AND t.id < (SELECT max(id) FROM old))
+		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination)
+		SELECT $1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, slot.name, $8, $10 FROM slot
+		RETURNING xid`,
 		t.LSN.String(), t.Snapshot, t.Position.String(), int64(t.StreamSeq), int32(t.Epoch), t.Events, r.Name, r.SystemIdentifier,
-		keep.Seconds(), t.Destination, r.Term, int64(t.BeginSeq))
-	if err != nil {
-		return fmt.Errorf("store a tick: %w", withHint(err))
+		keep.Seconds(), t.Destination, r.Term).Scan(&xid)
+	if err == nil {
+		return xid, nil
 	}
-	if tag.RowsAffected() > 0 {
-		return nil
+	if !errors.Is(err, pgx.ErrNoRows) {
+		return 0, fmt.Errorf("store a tick: %w", withHint(err))
 	}
 	now, err := ReadSlot(ctx, db, r.Name)
 	switch {
 	case err != nil:
-		return fmt.Errorf("store a tick: %w", err)
+		return 0, fmt.Errorf("store a tick: %w", err)
 	case now.Term != r.Term:
-		return fmt.Errorf("store a tick of slot %q: %w", r.Name, ErrSuperseded)
+		return 0, fmt.Errorf("store a tick of slot %q: %w", r.Name, ErrSuperseded)
 	}
-	return fmt.Errorf("store a tick of slot %q: %w", r.Name, ErrNotMade)
+	return 0, fmt.Errorf("store a tick of slot %q: %w", r.Name, ErrNotMade)
 }
 
 // LastTick returns the newest tick of this cluster and slot, or false when there is none.
@@ -122,6 +135,16 @@ func TickAt(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string,
 		}
 	}
 	return Tick{}, false, nil
+}
+
+// TickBefore returns the newest tick of this cluster and slot from before anything was delivered to the destination, or false when there is none.
+func TickBefore(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string) (Tick, bool, error) {
+	ticks, err := readTicks(ctx, db, "AND id < (SELECT min(id) FROM ebb.tick WHERE slot = $1 AND destination = $3) ORDER BY id DESC LIMIT 1",
+		r.Name, r.SystemIdentifier, destination)
+	if err != nil || len(ticks) == 0 {
+		return Tick{}, false, err
+	}
+	return ticks[0], true, nil
 }
 
 // HasDelivered reports whether anything of this cluster and slot was ever recorded as delivered to a destination.

@@ -136,9 +136,31 @@ func (s *Sink) checkSettings(cfg jetstream.StreamConfig) error {
 // tail says what the end of the stream holds, given its last sequence number. What is asked of the stream is answered by its leader:
 // a replica that answers a direct get may be behind.
 func (s *Sink) tail(ctx context.Context, last uint64, known sink.Known) (sink.Tail, error) {
-	t := sink.Tail{Last: last, Exclusive: s.cfg.Exclusive}
+	t := sink.Tail{Last: last, Holds: last, Exclusive: s.cfg.Exclusive}
 	if last == 0 {
 		return t, nil
+	}
+	if known.Sequence > 0 && known.Sequence <= last {
+		_, err := s.lastMessage(ctx, known.Sequence)
+		if errors.Is(err, ErrForeign) { // the stream has forgotten, and others have gone on
+			if err := s.scan(ctx, 0, known.Sequence, func(m message, _ []byte) error {
+				if !m.foreign {
+					t.Position, t.Sequence, t.ID = m.position, m.seq, m.streamedID()
+				}
+				return nil
+			}); err != nil {
+				return sink.Tail{}, err
+			}
+			// In a stream of its own the bridge may have recorded the number of a foreign message that it stepped over.
+			if !s.cfg.Exclusive || t.Position.Compare(known.Position) < 0 {
+				t.Holds = t.Sequence
+				return t, nil
+			}
+			t.Position, t.Sequence, t.ID = event.Position{}, 0, ""
+		}
+		if err != nil && !isDeleted(err) && !errors.Is(err, ErrForeign) {
+			return sink.Tail{}, err
+		}
 	}
 	m, err := s.lastMessage(ctx, last)
 	switch {

@@ -31,39 +31,38 @@ ALTER TABLE ebb.slot
     ADD COLUMN made_because text;
 COMMENT ON COLUMN ebb.slot.made IS 'How often the slot was made; the last time because of made_because.';
 
--- What was delivered before the snapshot was read, while stream_seq is of the moment in which the tick was stored. Behind it, and not
--- before it, may stand events of transactions that the snapshot does not see.
-ALTER TABLE ebb.tick ADD COLUMN begin_seq bigint NOT NULL DEFAULT 0;
+-- By which ticks and transactions are put in order: one whose xid is higher had not begun to write when the tick was stored.
+ALTER TABLE ebb.tick ADD COLUMN xid xid8 NOT NULL DEFAULT pg_current_xact_id();
 
--- Rows that were removed from the buffer cannot be delivered again to a stream that has forgotten them. All of them have an xid
--- below through: a tick whose snapshot had seen all of these end is one that the stream must reach.
+-- Rows that were removed from the buffer cannot be delivered again to a stream that has forgotten them. What such a stream must still reach
+-- is a tick that sees the newest of them.
 CREATE TABLE ebb.removed (
     only_row          boolean PRIMARY KEY DEFAULT true CHECK (only_row),
-    through           xid8 NOT NULL,
+    newest            xid8 NOT NULL,
     system_identifier text NOT NULL,
     removed_at        timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-COMMENT ON TABLE ebb.removed IS 'Rows of transactions before through were removed from the buffer, the last ones at removed_at.';
+COMMENT ON TABLE ebb.removed IS 'Rows of transactions up to newest were removed from the buffer, the last ones at removed_at.';
 
 CREATE FUNCTION ebb.note_removal() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    newest xid8;
+    xid xid8;
 BEGIN
     IF TG_OP = 'DELETE' THEN
-        SELECT o.xid INTO newest FROM removed_rows o ORDER BY o.xid DESC LIMIT 1;
+        SELECT o.xid INTO xid FROM removed_rows o ORDER BY o.xid DESC LIMIT 1;
     ELSE
-        EXECUTE format('SELECT xid FROM %s ORDER BY xid DESC LIMIT 1', TG_RELID::regclass) INTO newest;
+        EXECUTE format('SELECT xid FROM %s ORDER BY xid DESC LIMIT 1', TG_RELID::regclass) INTO xid;
     END IF;
-    IF newest IS NULL THEN
+    IF xid IS NULL THEN
         RETURN NULL;
     END IF;
-    INSERT INTO ebb.removed AS r (through, system_identifier)
-    SELECT (newest::text::numeric + 1)::text::xid8, system_identifier::text FROM pg_control_system()
+    INSERT INTO ebb.removed AS r (newest, system_identifier)
+    SELECT xid, system_identifier::text FROM pg_control_system()
     ON CONFLICT (only_row) DO UPDATE SET
-        through = CASE WHEN r.system_identifier = excluded.system_identifier THEN greatest(r.through, excluded.through)
-                       ELSE excluded.through END,
+        newest = CASE WHEN r.system_identifier = excluded.system_identifier THEN greatest(r.newest, excluded.newest)
+                      ELSE excluded.newest END,
         system_identifier = excluded.system_identifier, removed_at = excluded.removed_at;
     RETURN NULL;
 END
