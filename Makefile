@@ -1,7 +1,9 @@
 .DEFAULT_GOAL := help
-.PHONY: help build test race lint fuzz demo image ci
+.PHONY: help build test race lint fuzz torture demo image ci
 
 VERSION ?=
+TORTURE_TIME ?= 1h
+TORTURE_FLAGS ?=
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +22,9 @@ lint: ## Check formatting and run the linters
 
 fuzz: ## Run every fuzz target (FUZZ_TIME=10s each)
 	.ci/run fuzz
+
+torture: ## Have everything fail for TORTURE_TIME (1h), and count what is missing (TORTURE_FLAGS: go run ./bench/torture -h)
+	go run ./bench/torture --total $(TORTURE_TIME) --duration 60s $(TORTURE_FLAGS)
 
 demo: ## Show the whole way of an event on this machine
 	go run ./cmd/ebb demo

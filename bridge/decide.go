@@ -52,10 +52,12 @@ type facts struct {
 	// remembers says that the destination knows what it holds, of which tail is the end.
 	remembers bool
 	tail      sink.Tail
-	// held is the newest tick that the destination still reaches, if holds, and reach says that the buffer has all rows that came
-	// behind it. They are looked for when the destination has forgotten something.
-	held         sql.Tick
-	holds, reach bool
+	// held is the newest tick that the destination still reaches, if holds. It is looked for when the destination has forgotten something.
+	held  sql.Tick
+	holds bool
+	// reach says that the buffer has all rows that came behind the tick which counts: held if the destination has forgotten something, else
+	// the newest one.
+	reach bool
 	// lost are events that the destination holds and this database does not. They are looked for when the database's history has changed.
 	lost []lostEvent
 }
@@ -121,7 +123,7 @@ func halt(err error) step { return step{action: actHalt, err: err} }
 // decide says what a bridge that has taken the lead does next. It is asked again after every step until it says to stream.
 func decide(f *facts) step {
 	for _, rule := range []func(*facts) (step, bool){
-		whoseStream, whichHistory, whatIsForgotten, whatIsForeign, whichSlot,
+		whoseStream, whichHistory, whatIsForgotten, whatIsForeign, whichSlot, whatIsLost,
 	} {
 		if s, ok := rule(f); ok {
 			return s
@@ -156,7 +158,7 @@ func whoseStream(f *facts) (step, bool) {
 		return halt(fmt.Errorf("%w: it was made for %s, and this is %s. Name a stream of its own (nats.stream); or, if this database is to go "+
 			"on with it in place of the other one, stop that and start once with ebb run --adopt", ErrOtherSource, theirs, f.source)), true
 	}
-	s := f.diverge("adopted a stream of another source")
+	s := f.diverge("adopted a stream of another source", 0)
 	s.raise.Adopted = theirs
 	return s, true
 }
@@ -170,14 +172,14 @@ func whichHistory(f *facts) (step, bool) {
 		what := fmt.Sprintf("slot %q was made on cluster %s and this is cluster %s: a restored or copied database", f.record.Name,
 			f.record.SystemIdentifier, f.system.ID)
 		if f.remembers && f.tail.Last == 0 {
-			s := f.diverge(what)
+			s := f.diverge(what, 0)
 			s.raise.Diverged = false // from an empty stream
 			return s, true
 		}
 		if !f.adopt {
 			return halt(fmt.Errorf("%w: %s. If this is the one to go on with, stop the other one and start once with ebb run --adopt", ErrSetup, what)), true
 		}
-		return f.diverge(what), true
+		return f.diverge(what, 0), true
 
 	case f.system.Timeline != f.record.Timeline:
 		at, ok := f.switchPoint()
@@ -186,11 +188,11 @@ func whichHistory(f *facts) (step, bool) {
 			return halt(fmt.Errorf("%w: slot %q was made on timeline %d, which is not in the history of this one, %d. If this database is the one "+
 				"to go on with, stop the other one and start once with ebb run --adopt", ErrLost, f.record.Name, f.record.Timeline, f.system.Timeline)), true
 		case !ok:
-			return f.diverge(fmt.Sprintf("adopted timeline %d", f.system.Timeline)), true
+			return f.diverge(fmt.Sprintf("adopted timeline %d", f.system.Timeline), 0), true
 		case len(f.lost) > 0 && !f.adopt:
 			return halt(f.lostError(fmt.Sprintf("timeline %d was left at %s", f.record.Timeline, at))), true
 		case len(f.lost) > 0:
-			return f.diverge(fmt.Sprintf("adopted timeline %d", f.system.Timeline)), true
+			return f.diverge(fmt.Sprintf("adopted timeline %d", f.system.Timeline), at), true
 		}
 		s := f.raise(fmt.Sprintf("promotion to timeline %d", f.system.Timeline), at)
 		// A slot that was on the standby holds what is needed if the primary's was copied there, or if it begins where a tick says that
@@ -207,18 +209,30 @@ func whichHistory(f *facts) (step, bool) {
 				"promoted, has gone on with it. If this database is the one to go on with, stop the other one and start once with ebb run --adopt",
 				ErrLost, f.tail.Position.Epoch, epoch)), true
 		}
-		return f.diverge("adopted a stream of a later epoch"), true
+		return f.diverge("adopted a stream of a later epoch", 0), true
+
+	case f.ruledOut():
+		if !f.adopt {
+			return halt(f.lostError(fmt.Sprintf("this database is in epoch %d since %s", epoch, f.record.Epochs[len(f.record.Epochs)-1].From))), true
+		}
+		return f.diverge("adopted a stream with events of an earlier epoch from behind its end", f.flushed), true
 
 	case f.tail.Position.Epoch == epoch && f.tail.Position.Commit >= f.flushed && f.tail.Position.Commit > 0:
 		if !f.adopt {
 			return halt(f.lostError(fmt.Sprintf("its log ends at %s", f.flushed))), true
 		}
-		return f.diverge("adopted by a database whose log ends earlier"), true
+		return f.diverge("adopted by a database whose log ends earlier", f.flushed), true
 
 	case f.doubt == mispositioned && f.adopt:
-		return f.diverge("adopted by a database of another history"), true
+		return f.diverge("adopted by a database of another history", 0), true
 	}
 	return step{}, false
+}
+
+// ruledOut reports whether the destination ends with an event that is not of this database's history, and that it did not have when the newest
+// tick was stored: the primary from before a promotion has gone on, and its bridge as well.
+func (f *facts) ruledOut() bool {
+	return f.remembers && f.record.Done && f.ticked && f.tail.Position.Compare(f.tick.Position) > 0 && f.record.Epochs.RuleOut(f.tail.Position)
 }
 
 // switchPoint returns where the history of the server has left the timeline that the record is of.
@@ -243,9 +257,10 @@ func (f *facts) raise(why string, from event.LSN) step {
 }
 
 // diverge begins a new epoch in which nothing is taken for delivered because of its position: the slot is made anew, and the rows that no
-// tick of this database has recorded are compared with the events in the destination.
-func (f *facts) diverge(why string) step {
-	s := f.raise(why, 0)
+// tick of this database has recorded are compared with the events in the destination. From is the LSN from which on the destination's
+// events are none of this database's; 0 if that is not known.
+func (f *facts) diverge(why string, from event.LSN) step {
+	s := f.raise(why, from)
 	s.raise.Remake, s.raise.Diverged = true, true
 	return s
 }
@@ -265,9 +280,9 @@ func (f *facts) lostError(why string) error {
 			list.WriteByte(',')
 		}
 	}
-	return fmt.Errorf("%w: %s, and %d events were delivered from behind that:%s. Either this is a copy, which must not publish there, or transactions "+
-		"were lost that had been delivered. To go on from this database, stop the other one and start once with ebb run --adopt", ErrLost, why,
-		len(f.lost), list.String())
+	return fmt.Errorf("%w: %s, and %d events were delivered that come from behind that or have no row here:%s. Either this is a copy, which must "+
+		"not publish there, or transactions were lost that had been delivered. To go on from this database, stop the other one and start once "+
+		"with ebb run --adopt", ErrLost, why, len(f.lost), list.String())
 }
 
 // forgot reports whether the destination holds less than was recorded.
@@ -327,7 +342,7 @@ func (f *facts) usable() bool {
 
 // whichSlot has a slot made that is missing, cannot be read any more, or has passed over rows.
 func whichSlot(f *facts) (step, bool) {
-	why := ""
+	var why string
 	switch {
 	case !f.exists:
 		why = "the slot does not exist"
@@ -351,7 +366,27 @@ func whichSlot(f *facts) (step, bool) {
 	default:
 		return step{}, false
 	}
+	if !f.reach && f.record.Done && !f.acceptGap {
+		return halt(fmt.Errorf("%w: slot %q is lost (%s), and rows that are not recorded as delivered have been removed from the buffer. To go on "+
+			"without them, start once with ebb run --accept-gap", ErrGap, f.record.Name, why)), true
+	}
 	return step{action: actMake, why: why}, true
+}
+
+// whatIsLost keeps a copy of the database, which has no slot, from delivering into the stream of the one that it was copied from.
+func whatIsLost(f *facts) (step, bool) {
+	if !f.beginsRecovery() || len(f.lost) == 0 {
+		return step{}, false
+	}
+	if !f.adopt {
+		return halt(f.lostError(fmt.Sprintf("its newest tick is of %s", f.tick.LSN))), true
+	}
+	return f.diverge("adopted by a database that lacks events", f.flushed), true
+}
+
+// beginsRecovery reports whether rows are to be recovered whose ids alone say which of them the destination holds.
+func (f *facts) beginsRecovery() bool {
+	return f.remembers && f.usable() && !f.record.Done && !f.record.Diverged && f.ticked
 }
 
 // counted reports whether sequence numbers tell how many events the slot must bring that the destination holds already.

@@ -139,6 +139,9 @@ func (f *fixture) runWith(cfg bridge.Config) *running {
 	f.t.Cleanup(func() {
 		cancel()
 		<-r.done
+		if f.t.Failed() && r.err != nil {
+			f.t.Logf("a bridge ended with %v", r.err)
+		}
 	})
 	return r
 }
@@ -253,7 +256,7 @@ func (s *exactSink) Scan(_ context.Context, after uint64, fn func(sink.Stored) e
 	defer s.mu.Unlock()
 	for i := min(after, uint64(len(s.events))); i < uint64(len(s.events)); i++ {
 		e := &s.events[i]
-		if err := fn(sink.Stored{Sequence: i + 1, Position: e.Position, Origin: e.Origin, ID: e.ID, Payload: e.Payload}); err != nil {
+		if err := fn(sink.Stored{Sequence: i + 1, Position: e.Position, Origin: e.Origin, ID: e.ID, Payload: e.Payload, Time: e.Time}); err != nil {
 			return err
 		}
 	}
@@ -419,7 +422,9 @@ func sameSet(t *testing.T, got, want []int64) {
 func (f *fixture) stream(server *natstest.Server) *jetstream.Sink { return f.openStream(server, true) }
 
 // sharedStream is one for a stream that others publish to.
-func (f *fixture) sharedStream(server *natstest.Server) *jetstream.Sink { return f.openStream(server, false) }
+func (f *fixture) sharedStream(server *natstest.Server) *jetstream.Sink {
+	return f.openStream(server, false)
+}
 
 func (f *fixture) openStream(server *natstest.Server, exclusive bool) *jetstream.Sink {
 	f.t.Helper()

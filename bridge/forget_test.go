@@ -129,7 +129,7 @@ func TestForgetfulBroker(t *testing.T) {
 
 // What was forgotten and is not in the buffer any more is not passed over in silence.
 func TestForgottenAndRemoved(t *testing.T) {
-	for _, remove := range []string{"DELETE FROM ebb.buffer WHERE id = 17", "TRUNCATE ebb.buffer_00, ebb.buffer_03"} {
+	for _, remove := range []string{"DELETE FROM ebb.buffer WHERE id = 17", "TRUNCATE ebb.buffer"} {
 		t.Run(remove, func(t *testing.T) {
 			f := newFixture(t, pgtest.New(t))
 			server := natstest.New(t)
@@ -225,6 +225,10 @@ func TestStreamEmptiedByItsLimits(t *testing.T) {
 		if err := stream(t, server).Purge(t.Context()); err != nil {
 			t.Fatal(err)
 		}
+		// A bridge that does nothing but to count the events that are gone records that it has.
+		r = f.run(f.stream(server))
+		f.settle()
+		r.stop()
 		f.put(20)
 		last += 20
 		r = f.run(f.stream(server))

@@ -1,9 +1,11 @@
 package bridge
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 
 	"ebb/event"
@@ -102,6 +104,7 @@ func (l *leader) look(ctx context.Context) (*facts, error) {
 			return nil, err
 		}
 	}
+	f.reach = true
 	if f.system.ID == f.record.SystemIdentifier { // the ticks of another cluster mean nothing in this one
 		if err := l.lookAtTicks(ctx, f); err != nil {
 			return nil, err
@@ -133,11 +136,7 @@ func (l *leader) lookAtSlot(ctx context.Context, f *facts) error {
 			return fmt.Errorf("%w: slot %q is in use by pid %d (%s), which is no bridge: stop that", replication.ErrForeignSlot, l.Slot,
 				slot.ActivePID, slot.ActiveName)
 		}
-		l.Logger.Info("ending the stream of the bridge that led before", "slot", l.Slot, "pid", slot.ActivePID)
-		ending, cancel := context.WithTimeout(ctx, endTimeout)
-		err = replication.EndWalsender(ending, l.db, l.Slot, slot.ActivePID)
-		cancel()
-		if err != nil {
+		if err := endWalsender(ctx, l.db, &l.Config, slot); err != nil {
 			return err
 		}
 	}
@@ -152,7 +151,10 @@ func (l *leader) lookAtTicks(ctx context.Context, f *facts) error {
 	if f.newest = tick; ok && tick.Destination == l.Destination {
 		f.tick, f.ticked = tick, true
 	}
-	f.delivered, err = sql.HasDelivered(ctx, l.db, f.record, l.Destination)
+	if f.delivered, err = sql.HasDelivered(ctx, l.db, f.record, l.Destination); err != nil {
+		return err
+	}
+	f.reach, err = sql.Reach(ctx, l.db, f.record, tick.ID)
 	return err
 }
 
@@ -175,11 +177,14 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 		f.reach, err = sql.Reach(ctx, l.db, f.record, f.held.ID)
 		return err
 	}
-	at, switched := f.switchPoint()
-	if f.system.ID != f.record.SystemIdentifier || !switched && f.tail.Position.Commit < f.flushed {
+	if f.system.ID != f.record.SystemIdentifier {
 		return nil
 	}
+	at, switched := f.switchPoint()
 	if !switched {
+		if f.tail.Position.Commit < f.flushed && !f.ruledOut() && !f.beginsRecovery() {
+			return nil
+		}
 		at = f.flushed
 	}
 	f.lost, err = l.lostEvents(ctx, scanner, f, at)
@@ -194,25 +199,31 @@ func (l *leader) recoveredSeq(f *facts) uint64 {
 }
 
 // lostEvents returns the events behind the newest tick that the destination holds and this database does not have: of transactions that
-// committed at or behind an LSN, and those without a row. Rows that no tick has recorded are never removed.
+// committed at or behind an LSN or are of another history, and those without a row. Rows that no tick has recorded are never removed by
+// ebb; once somebody else has removed some, that a row is missing says nothing.
 func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts, at event.LSN) ([]lostEvent, error) {
+	kept, err := sql.Reach(ctx, l.db, f.record, f.newest.ID)
+	if err != nil {
+		return nil, err
+	}
 	var lost []lostEvent
 	others := map[int64]lostEvent{}
 	var ids []int64
-	err := scanner.Scan(ctx, f.tick.StreamSeq, func(m sink.Stored) error {
+	epochs := f.record.Epochs
+	err = scanner.Scan(ctx, f.tick.StreamSeq, func(m sink.Stored) error {
 		e := lostEvent{id: string(m.ID), position: m.Position, seq: m.Sequence}
-		if m.Origin == event.Streamed && m.Position.Epoch == f.record.Epochs.Last() && m.Position.Commit >= at {
+		if m.Origin == event.Streamed && (m.Position.Epoch == epochs.Last() && m.Position.Commit >= at || epochs.RuleOut(m.Position)) {
 			lost = append(lost, e)
 			return nil
 		}
-		if id, err := strconv.ParseInt(e.id, 10, 64); err == nil {
+		if id, err := strconv.ParseInt(e.id, 10, 64); err == nil && kept {
 			others[id] = e
 			ids = append(ids, id)
 		}
 		return nil
 	})
 	if err != nil {
-		return nil, &sinkError{err}
+		return nil, err
 	}
 	missing, err := sql.MissingRows(ctx, l.db, ids)
 	if err != nil {
@@ -221,6 +232,7 @@ func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts,
 	for _, id := range missing {
 		lost = append(lost, others[id])
 	}
+	slices.SortFunc(lost, func(a, b lostEvent) int { return cmp.Compare(a.seq, b.seq) })
 	return lost, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"hash/maphash"
 	"strconv"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgtype"
 
@@ -26,15 +27,19 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 			return err
 		}
 	}
-	held, err := l.heldEvents(ctx)
+	floor, err := sql.RecoveryFloor(ctx, l.db, l.Slot, l.Destination)
 	if err != nil {
+		return err
+	}
+	held := newHoldings(l.record.Diverged)
+	if err := l.addHeld(ctx, held, floor); err != nil {
 		return err
 	}
 	if f.tail.Removed > 0 && f.ticked {
 		l.Logger.Warn("the stream has removed messages before it could be compared with the buffer; rows that were among them are delivered again",
 			"messages", f.tail.Removed)
 	}
-	position := f.tail.Position
+	position := f.lastPosition()
 	for {
 		if err := l.at("page"); err != nil {
 			return err
@@ -50,15 +55,26 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 		if err != nil {
 			return &sinkError{err}
 		}
-		if f.remembers && tail.Last < seq {
+		switch {
+		case f.remembers && tail.Last < seq:
 			return nil
+		case tail.Last > seq:
+			// What the leader before this one had sent off has arrived only now.
+			if err := l.addHeld(ctx, held, seq); err != nil {
+				return err
+			}
+			seq = tail.Last
 		}
-		if position = tail.Position; position.IsZero() {
-			position.Epoch = l.record.Epochs.Last()
+		if tail.Position.Compare(position) > 0 {
+			position = tail.Position
 		}
-		n, last, err := l.recoverPage(ctx, position, rows, held)
+		at := f.recoveredAt(position)
+		n, last, err := l.recoverPage(ctx, at, rows, held)
 		if err != nil {
 			return err
+		}
+		if n > 0 {
+			position = at
 		}
 		seq = max(seq, last)
 		l.record.RecoveredID = rows[len(rows)-1].ID
@@ -79,50 +95,83 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 	return nil
 }
 
+// lastPosition is the position of the last event that is known to be delivered.
+func (f *facts) lastPosition() event.Position {
+	if f.ticked && f.tick.Position.Compare(f.tail.Position) > 0 {
+		return f.tick.Position // of an event that the destination has removed
+	}
+	return f.tail.Position
+}
+
+// recoveredAt returns the position of events that are recovered behind one at last: the same. But the first ones of an epoch stand at its
+// beginning, so that a bridge of a database that has not come so far, as a primary from before a promotion, sees that the stream has gone on
+// without it. The epoch is that of what the slot is to bring next.
+func (f *facts) recoveredAt(last event.Position) event.Position {
+	if epoch := f.record.Epochs.At(f.slot.ConfirmedFlush); last.Epoch < epoch {
+		return event.Position{Epoch: epoch}
+	}
+	return last
+}
+
 // holdings are the events that the sink holds, among those that are still to be recovered.
 type holdings struct {
 	ids idSet
-	// payloads are digests of the events' content, kept where an id alone does not say that it is the same event.
-	payloads map[int64]uint64
+	// contents are the events by id, kept where an id alone does not say that it is the same event.
+	contents map[int64]content
 	seed     maphash.Seed
+}
+
+func newHoldings(diverged bool) *holdings {
+	h := &holdings{ids: idSet{}, seed: maphash.MakeSeed()}
+	if diverged {
+		h.contents = map[int64]content{}
+	}
+	return h
+}
+
+// content tells events of the same id apart.
+type content struct {
+	digest uint64
+	// time is that of the event, or zero.
+	time time.Time
+}
+
+func (h *holdings) add(id int64, m sink.Stored) {
+	h.ids.add(id)
+	if h.contents != nil {
+		h.contents[id] = content{maphash.Bytes(h.seed, m.Payload), m.Time}
+	}
 }
 
 func (h *holdings) hold(row *sql.Row) bool {
 	if !h.ids.has(row.ID) {
 		return false
 	}
-	return h.payloads == nil || h.payloads[row.ID] == maphash.Bytes(h.seed, row.Payload)
+	if h.contents == nil {
+		return true
+	}
+	c := h.contents[row.ID]
+	// No transaction commits before it has made the row.
+	return c.digest == maphash.Bytes(h.seed, row.Payload) && (c.time.IsZero() || !c.time.Before(row.CreatedAt))
 }
 
-// heldEvents finds out which events the sink holds that are to be recovered.
-func (l *leader) heldEvents(ctx context.Context) (*holdings, error) {
-	h := &holdings{ids: idSet{}, seed: maphash.MakeSeed()}
+// addHeld adds what the sink holds behind a sequence number, if it can tell.
+func (l *leader) addHeld(ctx context.Context, h *holdings, after uint64) error {
 	scanner, ok := l.Sink.(sink.Scanner)
 	if !ok {
-		return h, nil
+		return nil
 	}
-	floor, err := sql.RecoveryFloor(ctx, l.db, l.Slot, l.Destination)
-	if err != nil {
-		return nil, err
-	}
-	if l.record.Diverged {
-		h.payloads = map[int64]uint64{}
-	}
-	err = scanner.Scan(ctx, floor, func(m sink.Stored) error {
+	return scanner.Scan(ctx, after, func(m sink.Stored) error {
 		id, err := strconv.ParseInt(string(m.ID), 10, 64)
 		if err != nil || id <= l.record.RecoveredID {
 			return nil
 		}
-		h.ids.add(id)
-		if h.payloads != nil {
-			h.payloads[id] = maphash.Bytes(h.seed, m.Payload)
+		if m.Origin == event.Streamed && l.record.Epochs.RuleOut(m.Position) {
+			return nil // of a lost row, whose id another one may have
 		}
+		h.add(id, m)
 		return nil
 	})
-	if err != nil {
-		return nil, &sinkError{err}
-	}
-	return h, nil
 }
 
 // recoverPage delivers those of the rows that the sink does not hold. It returns how many they were, and the sequence number of the last one.

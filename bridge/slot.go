@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"time"
 
+	"ebb/internal/sleep"
 	"ebb/replication"
 	"ebb/sql"
 )
@@ -21,6 +22,8 @@ const (
 
 // EnsureSlot makes the slot, unless there is one that ebb has a record of. It returns whether it did. With the slot comes a
 // record of its snapshot, so that the rows which the slot does not hold are known and will be delivered from the table.
+//
+// While it makes one it holds the leader's lock. Where a bridge has that, which will itself make what is missing, it waits.
 func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 	conn, err := replication.Connect(ctx, cfg.Postgres, cfg.Slot)
 	if err != nil {
@@ -35,37 +38,59 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	record, err := sql.ReadSlot(ctx, db, cfg.Slot)
+	for {
+		why, err := whyMakeSlot(ctx, db, cfg.Slot, system)
+		if why == "" || err != nil {
+			return false, err
+		}
+		leads, err := sql.TryLead(ctx, db, cfg.Slot)
+		if err != nil {
+			return false, err
+		}
+		if leads {
+			_, err := makeSlot(ctx, db, conn, &cfg, system, why)
+			if err == nil {
+				err = sql.StepDown(ctx, db, cfg.Slot)
+			}
+			return err == nil, err
+		}
+		if err := sleep.For(ctx, standbyPoll); err != nil {
+			return false, fmt.Errorf("wait for the bridge that leads on slot %q to make it: %w", cfg.Slot, err)
+		}
+	}
+}
+
+// whyMakeSlot says why a slot is to be made, or "". A slot that cannot have been ebb's and is somebody's is an error.
+func whyMakeSlot(ctx context.Context, db *pgxConn, name string, system replication.System) (string, error) {
+	record, err := sql.ReadSlot(ctx, db, name)
 	if err != nil && !errors.Is(err, sql.ErrNoRecord) {
-		return false, err
+		return "", err
 	}
 	recorded := err == nil
-	slot, err := replication.InspectSlot(ctx, db, cfg.Slot)
-	if err != nil && !errors.Is(err, replication.ErrNoSlot) {
-		return false, err
+	slot, err := replication.InspectSlot(ctx, db, name)
+	switch {
+	case errors.Is(err, replication.ErrNoSlot) && recorded:
+		return "the slot does not exist", nil
+	case errors.Is(err, replication.ErrNoSlot):
+		return "setup", nil
+	case err != nil:
+		return "", err
 	}
-	why := "setup"
-	if err == nil {
-		if err := slot.Ours(system.Database); err != nil {
-			return false, err
-		}
-		// What follows from a change of the timeline is for the bridge to decide, which can ask the destination.
-		if recorded && record.Made && !slot.Lost() && slot.Plugin == replication.Plugin && record.SystemIdentifier == system.ID {
-			return false, nil
-		}
-		if err := slot.Usable(system.Database); err != nil && !recorded {
-			return false, err
-		}
-		if slot.Active {
-			return false, fmt.Errorf("%w: slot %q is not ebb's and is in use by pid %d (%s): stop that, or choose another name for "+
-				"the slot setting", replication.ErrForeignSlot, cfg.Slot, slot.ActivePID, slot.ActiveName)
-		}
-		why = "there was another slot of that name"
-	} else if recorded {
-		why = "the slot does not exist"
+	if err := slot.Ours(system.Database); err != nil {
+		return "", err
 	}
-	_, err = makeSlot(ctx, db, conn, &cfg, system, why)
-	return err == nil, err
+	// What follows from a change of the timeline is for the bridge to decide, which can ask the destination.
+	if recorded && record.Made && !slot.Lost() && slot.Plugin == replication.Plugin && record.SystemIdentifier == system.ID {
+		return "", nil
+	}
+	if err := slot.Usable(system.Database); err != nil && !recorded {
+		return "", err
+	}
+	if slot.Active && slot.ActiveName != name {
+		return "", fmt.Errorf("%w: slot %q is not ebb's and is in use by pid %d (%s): stop that, or choose another name for the slot setting",
+			replication.ErrForeignSlot, name, slot.ActivePID, slot.ActiveName)
+	}
+	return "there was another slot of that name", nil
 }
 
 // makeSlot makes the slot, in place of one that there may be, and returns its record, which is of a new term. Whenever it is interrupted,
@@ -85,9 +110,14 @@ func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Con
 	if err := cfg.at("prepared"); err != nil {
 		return sql.SlotRecord{}, err
 	}
-	_, err = replication.InspectSlot(ctx, db, cfg.Slot)
+	slot, err := replication.InspectSlot(ctx, db, cfg.Slot)
 	switch {
 	case err == nil:
+		if slot.Active { // for a bridge that was killed while it made the slot, or for one that has lost the lead
+			if err := endWalsender(ctx, db, cfg, slot); err != nil {
+				return sql.SlotRecord{}, err
+			}
+		}
 		if err := conn.DropSlot(ctx, cfg.Slot); err != nil {
 			return sql.SlotRecord{}, err
 		}
@@ -121,6 +151,14 @@ func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Con
 		return sql.SlotRecord{}, err
 	}
 	return record, cfg.at("recorded")
+}
+
+// endWalsender ends the walsender that has the slot for a bridge which does not lead any more.
+func endWalsender(ctx context.Context, db *pgxConn, cfg *Config, slot replication.Slot) error {
+	cfg.Logger.Info("ending the stream of the bridge that led before", "slot", cfg.Slot, "pid", slot.ActivePID)
+	ctx, cancel := context.WithTimeout(ctx, endTimeout)
+	defer cancel()
+	return replication.EndWalsender(ctx, db, cfg.Slot, slot.ActivePID)
 }
 
 // sayWaiters logs which transactions the creation of a slot waits for, as long as ctx lasts.

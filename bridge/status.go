@@ -47,6 +47,9 @@ type SlotStatus struct {
 	ConfirmedLSN     event.LSN `json:"confirmed_lsn"`
 	LagBytes         int64     `json:"lag_bytes"`
 	RetainedWALBytes int64     `json:"retained_wal_bytes"`
+	// Made is how often ebb has made the slot: more than once means that it was lost, the last time because of MadeBecause.
+	Made        int    `json:"made"`
+	MadeBecause string `json:"made_because,omitempty"`
 }
 
 // DeliveredStatus is what was last recorded as delivered; Position and At are null before the first event.
@@ -102,6 +105,7 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, e
 		return nil, err
 	}
 	if err == nil {
+		s.Slot.Made, s.Slot.MadeBecause = record.MadeTimes, record.MadeBecause
 		if record.Made && !record.Done {
 			s.Recovery = &RecoveryStatus{Since: record.CreatedAt.UTC(), Events: record.Recovered}
 		}
@@ -109,7 +113,7 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, e
 		if err != nil {
 			return nil, err
 		}
-		if ok && !tick.Position.IsZero() {
+		if ok && tick.Events > 0 {
 			at := tick.DeliveredAt.UTC()
 			s.Delivered = DeliveredStatus{Position: &tick.Position, Events: tick.Events, At: &at}
 		}

@@ -28,8 +28,9 @@ func (l *leader) tick(ctx context.Context) error {
 			return nil
 		}
 		// What is delivered from here on may be too late for the snapshot.
-		if delivered := l.tracker.snapshot().delivered; delivered != recorded {
-			recorded, due = delivered, 2
+		begin := l.tracker.snapshot()
+		if begin.delivered != recorded {
+			recorded, due = begin.delivered, 2
 		}
 		tick, publication, err := sql.BeginTick(ctx, l.db, l.Publication)
 		if err != nil {
@@ -50,6 +51,7 @@ func (l *leader) tick(ctx context.Context) error {
 			return ignoreEnd(ctx, err)
 		}
 		tick.Position, tick.StreamSeq, tick.Events = now.last.Position, now.last.Sequence, l.before+int64(now.delivered)
+		tick.BeginSeq = begin.last.Sequence
 		tick.Destination, tick.Epoch = l.Destination, l.record.Epochs.Last()
 		if err := sql.StoreTick(ctx, l.db, l.record, tick, l.TickKeep); err != nil {
 			return ignoreEnd(ctx, err)

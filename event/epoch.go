@@ -20,6 +20,21 @@ func (e Epochs) At(commit LSN) uint32 {
 	return 0
 }
 
+// RuleOut reports whether no transaction of this history can have a position, as a later epoch had begun when it committed. It is of
+// another history then, which parted from this one: a primary goes on that has lost it.
+func (e Epochs) RuleOut(p Position) bool {
+	for _, later := range e {
+		switch {
+		case later.Number <= p.Epoch:
+		case later.From == 0:
+			return false // LSNs from before it and after it cannot be compared
+		case later.From <= p.Commit:
+			return true
+		}
+	}
+	return false
+}
+
 // Last returns the number of the current epoch, or 0 when there is none.
 func (e Epochs) Last() uint32 {
 	if len(e) == 0 {

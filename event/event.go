@@ -21,7 +21,7 @@ type Header struct {
 // Event is one row of a buffer table, or one message, on its way to the sink. Its byte slices point into the [Batch] that
 // carries it and are valid until that batch is released.
 type Event struct {
-	// Position orders the event. A recovered event repeats the position of the event before it.
+	// Position orders the event. A recovered event repeats the position of the event before it, or stands at the beginning of an epoch.
 	Position Position
 	// ID is the same in every delivery of this event.
 	ID []byte

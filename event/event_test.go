@@ -93,3 +93,25 @@ func TestBatchMarks(t *testing.T) {
 		t.Errorf("marks are %v, want %v", b.Marks, want)
 	}
 }
+
+func TestEpochsRuleOut(t *testing.T) {
+	// A promotion at 200, another cluster, a promotion of that at 150.
+	history := event.Epochs{{Number: 1}, {Number: 2, From: 200}, {Number: 4}, {Number: 5, From: 150}}
+	for _, tt := range []struct {
+		position event.Position
+		want     bool
+	}{
+		{event.Position{Epoch: 1, Commit: 199, Index: 1}, false},
+		{event.Position{Epoch: 1, Commit: 200, Index: 1}, true},
+		{event.Position{Epoch: 2, Commit: 300, Index: 1}, false}, // which is not comparable to 150
+		{event.Position{Epoch: 3, Commit: 300, Index: 1}, false}, // not known here
+		{event.Position{Epoch: 4, Commit: 149, Index: 1}, false},
+		{event.Position{Epoch: 4, Commit: 150, Index: 1}, true},
+		{event.Position{Epoch: 5, Commit: 150, Index: 1}, false},
+		{event.Position{Epoch: 6, Commit: 150, Index: 1}, false},
+	} {
+		if got := history.RuleOut(tt.position); got != tt.want {
+			t.Errorf("RuleOut(%s) = %v, want %v", tt.position, got, tt.want)
+		}
+	}
+}

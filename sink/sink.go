@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"ebb/event"
 )
@@ -107,6 +108,8 @@ type Stored struct {
 	Origin  event.Origin
 	ID      []byte
 	Payload []byte
+	// Time is that of the event: of its commit, or of its row when it was recovered. It is zero if the destination does not keep it.
+	Time time.Time
 }
 
 // ErrChanged is wrapped by the error with which a Run ends when the destination is not what it had been left as: it has forgotten what it

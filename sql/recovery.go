@@ -63,8 +63,9 @@ func Recovered(ctx context.Context, db *pgx.Conn, r SlotRecord, id int64, n int,
 func RecoveryDone(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, position event.Position, seq uint64) error {
 	return update(ctx, db, r, "store that the recovery is done", `WITH slot AS (
 			UPDATE ebb.slot SET recovered_at = clock_timestamp(), diverged = false WHERE name = $1 AND term = $2 AND snapshot IS NOT NULL RETURNING *)
-		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination)
-		SELECT s.consistent_point, s.snapshot, $3, $4, s.epoch, coalesce(t.events, 0) + s.recovered_events, s.name, s.system_identifier, $5
+		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination, begin_seq)
+		SELECT s.consistent_point, s.snapshot, $3, $4, s.epoch, coalesce(t.events, 0) + s.recovered_events, s.name, s.system_identifier, $5,
+			CASE WHEN t.destination = $5 THEN t.begin_seq ELSE 0 END
 		FROM slot s LEFT JOIN ebb.tick t ON t.id = s.recovered_after`, position.String(), int64(seq), destination)
 }
 
@@ -111,16 +112,17 @@ func MissingRows(ctx context.Context, db *pgx.Conn, ids []int64) ([]int64, error
 	return missing, nil
 }
 
-// RecoveryFloor returns the sequence number in the stream behind which ids may stand that a recovery must not deliver again.
-// A transaction that waits for a synchronous standby is decoded before any snapshot shows it, so that the tick to start
-// from is not the newest but one whose snapshot had ended before the newest one's began. Another destination than that of the
-// ticks is searched from its beginning.
+// RecoveryFloor returns the sequence number in the stream behind which ids may stand that a recovery must not deliver again: those of
+// rows which the newest tick does not see. Of the ticks whose snapshot had ended before the newest one's began, which may be itself, the
+// newest one tells: whatever was delivered before it began is of transactions that the newest tick sees. A transaction that waits for a
+// synchronous standby is decoded before any snapshot shows it, and a tick is stored some time after its snapshot was read. Another
+// destination than that of the ticks is searched from its beginning.
 func RecoveryFloor(ctx context.Context, db *pgx.Conn, slot, destination string) (uint64, error) {
 	var seq int64
 	err := db.QueryRow(ctx, `SELECT coalesce((
-		SELECT t.stream_seq FROM ebb.slot s JOIN ebb.tick n ON n.id = s.recovered_after
+		SELECT t.begin_seq FROM ebb.slot s JOIN ebb.tick n ON n.id = s.recovered_after
 		JOIN ebb.tick t ON (t.slot, t.system_identifier, t.destination) = (n.slot, n.system_identifier, n.destination)
-			AND pg_snapshot_xmax(t.snapshot) <= pg_snapshot_xmin(n.snapshot)
+			AND t.id <= n.id AND pg_snapshot_xmax(t.snapshot) <= pg_snapshot_xmin(n.snapshot)
 		WHERE s.name = $1 AND n.destination = $2 ORDER BY t.id DESC LIMIT 1), 0)`, slot, destination).Scan(&seq)
 	if err != nil {
 		return 0, fmt.Errorf("find where the recovery starts in the stream: %w", withHint(err))

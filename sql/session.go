@@ -43,18 +43,15 @@ func TryLead(ctx context.Context, db *pgx.Conn, slot string) (bool, error) {
 	if err := db.QueryRow(ctx, "SELECT pg_try_advisory_lock("+leaderKey+")", slot).Scan(&ok); err != nil {
 		return false, fmt.Errorf("take the leader's lock: %w", err)
 	}
-	if ok {
-		// A session that has this set and is polled twice a second is never idle for so long; after this it is asked by Hold.
-		if _, err := db.Exec(ctx, fmt.Sprintf("SET idle_session_timeout = %d", sessionTimeout.Milliseconds())); err != nil {
-			return false, fmt.Errorf("take the leader's lock: %w", err)
-		}
-	}
 	return ok, nil
 }
 
 // Hold keeps the session that holds the leader's lock alive, until ctx ends or the session does, which is an error. It notices at once
 // when the server ends the session, as it does when it shuts down.
 func Hold(ctx context.Context, db *pgx.Conn) error {
+	if _, err := db.Exec(ctx, fmt.Sprintf("SET idle_session_timeout = %d", sessionTimeout.Milliseconds())); err != nil {
+		return fmt.Errorf("hold the leader's lock: %w", err)
+	}
 	for {
 		listening, cancel := context.WithTimeout(ctx, pingEvery)
 		_, err := db.WaitForNotification(listening)
@@ -72,6 +69,14 @@ func Hold(ctx context.Context, db *pgx.Conn) error {
 			return fmt.Errorf("hold the leader's lock: %w", err)
 		}
 	}
+}
+
+// StepDown gives the leader's lock back.
+func StepDown(ctx context.Context, db *pgx.Conn, slot string) error {
+	if _, err := db.Exec(ctx, "SELECT pg_advisory_unlock("+leaderKey+")", slot); err != nil {
+		return fmt.Errorf("give the leader's lock back: %w", err)
+	}
+	return nil
 }
 
 // HasLeader reports whether a bridge leads on a slot.

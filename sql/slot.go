@@ -67,6 +67,9 @@ const remakeSlots = `UPDATE ebb.slot SET snapshot = NULL, consistent_point = NUL
 // there is one, must be made anew: a slot cannot be made in one transaction with its record, and whoever is killed in between must
 // not leave a slot that seems to be the recorded one. It ends the term of whoever leads, and returns the record.
 //
+// Rows that were restored from a dump carry transaction ids of another cluster, and no snapshot of this one would see some of them until it
+// has come as far. They get the id of this transaction.
+//
 // The epoch rises when the record was of another cluster, where the same LSN is another place. A change of the timeline alone is
 // left to the bridge, which can tell what was delivered on the old one.
 func PrepareSlot(ctx context.Context, db *pgx.Conn, name, systemIdentifier string, timeline int32, publication, because string) (SlotRecord, error) {
@@ -86,6 +89,11 @@ func PrepareSlot(ctx context.Context, db *pgx.Conn, name, systemIdentifier strin
 		_, err = tx.Exec(ctx, `INSERT INTO ebb.epoch (slot, epoch, from_lsn, system_identifier, timeline, reason)
 			SELECT name, epoch, '0/0', system_identifier, timeline, CASE WHEN epoch = 1 THEN 'setup' ELSE 'another cluster' END
 			FROM ebb.slot WHERE name = $1 ON CONFLICT DO NOTHING`, name)
+		if err != nil {
+			return err
+		}
+		// A row of this cluster that the statement sees is of a transaction that its snapshot sees.
+		_, err = tx.Exec(ctx, "UPDATE ebb.buffer SET xid = pg_current_xact_id() WHERE NOT pg_visible_in_snapshot(xid, pg_current_snapshot())")
 		return err
 	})
 	if err != nil {

@@ -262,7 +262,7 @@ func recordAll(t *testing.T, conn *pgx.Conn, r sql.SlotRecord, seq uint64) int64
 	if err != nil {
 		t.Fatal(err)
 	}
-	tick.StreamSeq = seq
+	tick.StreamSeq, tick.BeginSeq = seq, seq-1
 	if err := sql.StoreTick(t.Context(), conn, r, tick, time.Hour); err != nil {
 		t.Fatal(err)
 	}
@@ -422,8 +422,8 @@ func TestRecoveryFloor(t *testing.T) {
 	recordAll(t, conn, r, 20) // sees a transaction in progress that the one before has not seen end
 	recordAll(t, conn, other, 900)
 	r = slot(t, db, "s", "1")
-	if n := floor(); n != 10 {
-		t.Errorf("with a transaction open: %d, want 10", n)
+	if n := floor(); n != 9 {
+		t.Errorf("with a transaction open: %d, want 9", n)
 	}
 	if err := tx.Commit(t.Context()); err != nil {
 		t.Fatal(err)
@@ -431,8 +431,8 @@ func TestRecoveryFloor(t *testing.T) {
 	recordAll(t, conn, other, 950)
 	recordAll(t, conn, r, 30)
 	slot(t, db, "s", "1")
-	if n := floor(); n != 30 {
-		t.Errorf("with none open: %d, want 30", n)
+	if n := floor(); n != 29 {
+		t.Errorf("with none open: %d, want 29", n)
 	}
 }
 
@@ -465,5 +465,91 @@ func TestOldTicksAreForgotten(t *testing.T) {
 	}
 	if err := sql.StoreTick(t.Context(), conn, r, tick, time.Hour); !errors.Is(err, sql.ErrNotMade) {
 		t.Errorf("stored a tick: %v, want ErrNotMade", err)
+	}
+}
+
+// What the view of the status says of a slot that is there, and of one that is not.
+func TestStatusView(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	conn := db.Connect(t)
+	slot(t, db, db.Name, "1")
+	db.Exec(t, "SELECT ebb.put('t', '{}')", "SELECT ebb.put('t', '{}')")
+	type status struct {
+		Slot           string
+		Active, Leader bool
+		Lag, Retained  *int64
+		Backlog        int64
+		Flow           string
+		DeadLetters    int64
+	}
+	read := func() status {
+		t.Helper()
+		rows, err := conn.Query(t.Context(), `SELECT slot, active, leader, lag_bytes AS lag, retained_wal_bytes AS retained, backlog, flow, dead_letters
+			FROM ebb.status WHERE oldest_age > interval '0'`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[status])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	if s := read(); s != (status{Slot: db.Name, Backlog: 2, Flow: "open"}) {
+		t.Errorf("without a slot: %+v", s)
+	}
+	db.Exec(t, "SELECT pg_create_logical_replication_slot('"+db.Name+"', 'pgoutput')")
+	leader := db.Connect(t)
+	if ok, err := sql.TryLead(t.Context(), leader, db.Name); err != nil || !ok {
+		t.Fatalf("took the lead: %v, %v", ok, err)
+	}
+	if s := read(); s.Active || !s.Leader || s.Lag == nil || s.Retained == nil || *s.Retained < *s.Lag {
+		t.Errorf("with a slot and a leader: %+v", s)
+	}
+}
+
+// What was removed from the buffer is noted, up to the newest transaction of it, whoever removed it and how.
+func TestRemovalsAreNoted(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	conn := db.Connect(t)
+	system := pgtest.Value[string](t, db, "SELECT system_identifier::text FROM pg_control_system()")
+	r := slot(t, db, "s", system)
+	reach := func(tick int64) bool {
+		t.Helper()
+		ok, err := sql.Reach(t.Context(), conn, r, tick)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ok
+	}
+	put := func() { db.Exec(t, "SELECT ebb.put('t', '{}')") }
+	put()
+	first := recordAll(t, conn, r, 1)
+	put()
+	put()
+	second := recordAll(t, conn, r, 3)
+	put()
+	db.Exec(t, "DELETE FROM ebb.buffer WHERE id = 77") // none
+	if !reach(0) || !reach(first) {
+		t.Error("before anything was removed, something is out of reach")
+	}
+	db.Exec(t, "DELETE FROM ebb.buffer WHERE id = 1")
+	if reach(0) || !reach(first) || !reach(second) {
+		t.Errorf("with the first row removed: %v, %v, %v", reach(0), reach(first), reach(second))
+	}
+	db.Exec(t, "TRUNCATE ebb.buffer_00") // may be empty
+	db.Exec(t, "DELETE FROM ebb.buffer WHERE id = 3")
+	if reach(first) || !reach(second) {
+		t.Errorf("with one removed that the second tick saw: %v, %v", reach(first), reach(second))
+	}
+	partition := pgtest.Value[string](t, db, "SELECT tableoid::regclass::text FROM ebb.buffer WHERE id = 4")
+	db.Exec(t, "TRUNCATE "+partition)
+	if reach(second) {
+		t.Error("with one removed that no tick saw, the second one is in reach")
+	}
+	if third := recordAll(t, conn, r, 4); !reach(third) {
+		t.Error("a later tick is out of reach")
 	}
 }

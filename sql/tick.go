@@ -22,6 +22,8 @@ type Tick struct {
 	Position  event.Position
 	StreamSeq uint64
 	Events    int64
+	// BeginSeq is that of the last event that was delivered before the snapshot was read.
+	BeginSeq uint64
 	// Epoch was the current one.
 	Epoch uint32
 	// Destination is where they were delivered. Position and StreamSeq mean nothing to another one.
@@ -77,10 +79,10 @@ func StoreTick(ctx context.Context, db *pgx.Conn, r SlotRecord, t Tick, keep tim
 			DELETE FROM ebb.tick t USING slot
 			WHERE t.slot = slot.name AND t.delivered_at < clock_timestamp() - make_interval(secs => $9)
 			  AND t.id IS DISTINCT FROM slot.recovered_after)
-		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination)
-		SELECT $1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, slot.name, $8, $10 FROM slot`,
+		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination, begin_seq)
+		SELECT $1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, slot.name, $8, $10, $12 FROM slot`,
 		t.LSN.String(), t.Snapshot, t.Position.String(), int64(t.StreamSeq), int32(t.Epoch), t.Events, r.Name, r.SystemIdentifier,
-		keep.Seconds(), t.Destination, r.Term)
+		keep.Seconds(), t.Destination, r.Term, int64(t.BeginSeq))
 	if err != nil {
 		return fmt.Errorf("store a tick: %w", withHint(err))
 	}

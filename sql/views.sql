@@ -19,8 +19,8 @@ COMMENT ON VIEW ebb.backlog IS 'Events that are not recorded as delivered.';
 CREATE OR REPLACE VIEW ebb.status AS
 SELECT s.name AS slot,
        coalesce(r.active, false) AS active,
-       greatest(0, pg_wal_lsn_diff(w.lsn, r.confirmed_flush_lsn))::bigint AS lag_bytes,
-       greatest(0, pg_wal_lsn_diff(w.lsn, r.restart_lsn))::bigint AS retained_wal_bytes,
+       pg_wal_lsn_diff(greatest(w.lsn, r.confirmed_flush_lsn), r.confirmed_flush_lsn)::bigint AS lag_bytes,
+       pg_wal_lsn_diff(greatest(w.lsn, r.restart_lsn), r.restart_lsn)::bigint AS retained_wal_bytes,
        b.backlog,
        b.oldest_age,
        'open'::text AS flow,       -- there are no limits yet

@@ -69,6 +69,9 @@ func printStatus(w io.Writer, s *bridge.Status) error {
 		state = "streaming"
 	}
 	fmt.Fprintf(t, "slot\t%s, %s, wal_status %s\n", s.Slot.Name, state, s.Slot.WALStatus)
+	if s.Slot.Made > 1 {
+		fmt.Fprintf(t, "\tmade %d times, the last time because: %s\n", s.Slot.Made, s.Slot.MadeBecause)
+	}
 	fmt.Fprintf(t, "leader\t%s\n", map[bool]string{true: "yes", false: "none: start ebb run"}[s.Role != bridge.RoleNone])
 	fmt.Fprintf(t, "confirmed\t%s\n", s.Slot.ConfirmedLSN)
 	fmt.Fprintf(t, "lag\t%s, %s\n", size(s.Slot.LagBytes), seconds(s.LagSeconds))

@@ -103,6 +103,8 @@ type message struct {
 	id       string
 	// origin is that of the event. The position of one that was not streamed is that of the event before it.
 	origin event.Origin
+	// time is that of the event, or zero.
+	time time.Time
 	// foreign says that no bridge has published it, so that it has neither position nor id.
 	foreign bool
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cenkalti/backoff/v5"
 	"github.com/nats-io/nats.go"
@@ -267,6 +268,10 @@ func identify(seq uint64, headers nats.Header) message {
 	var err error
 	m.position, err = event.ParsePosition(headers.Get(cloudevent.HeaderPosition))
 	m.foreign = err != nil
+	if at := headers.Get("ce-time"); at != "" {
+		// One that cannot be read is not ebb's, and as good as none.
+		m.time, _ = time.Parse(time.RFC3339Nano, at)
+	}
 	return m
 }
 
@@ -283,7 +288,7 @@ func (s *Sink) Scan(ctx context.Context, after uint64, fn func(sink.Stored) erro
 		if m.foreign {
 			return nil
 		}
-		return fn(sink.Stored{Sequence: m.seq, Position: m.position, Origin: m.origin, ID: []byte(m.id), Payload: data})
+		return fn(sink.Stored{Sequence: m.seq, Position: m.position, Origin: m.origin, ID: []byte(m.id), Payload: data, Time: m.time})
 	})
 }
 

@@ -31,6 +31,10 @@ ALTER TABLE ebb.slot
     ADD COLUMN made_because text;
 COMMENT ON COLUMN ebb.slot.made IS 'How often the slot was made; the last time because of made_because.';
 
+-- What was delivered before the snapshot was read, while stream_seq is of the moment in which the tick was stored. Behind it, and not
+-- before it, may stand events of transactions that the snapshot does not see.
+ALTER TABLE ebb.tick ADD COLUMN begin_seq bigint NOT NULL DEFAULT 0;
+
 -- Rows that were removed from the buffer cannot be delivered again to a stream that has forgotten them. All of them have an xid
 -- below through: a tick whose snapshot had seen all of these end is one that the stream must reach.
 CREATE TABLE ebb.removed (
@@ -44,9 +48,19 @@ COMMENT ON TABLE ebb.removed IS 'Rows of transactions before through were remove
 CREATE FUNCTION ebb.note_removal() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    newest xid8;
 BEGIN
+    IF TG_OP = 'DELETE' THEN
+        SELECT o.xid INTO newest FROM removed_rows o ORDER BY o.xid DESC LIMIT 1;
+    ELSE
+        EXECUTE format('SELECT xid FROM %s ORDER BY xid DESC LIMIT 1', TG_RELID::regclass) INTO newest;
+    END IF;
+    IF newest IS NULL THEN
+        RETURN NULL;
+    END IF;
     INSERT INTO ebb.removed AS r (through, system_identifier)
-    SELECT pg_snapshot_xmax(pg_current_snapshot()), system_identifier::text FROM pg_control_system()
+    SELECT (newest::text::numeric + 1)::text::xid8, system_identifier::text FROM pg_control_system()
     ON CONFLICT (only_row) DO UPDATE SET
         through = CASE WHEN r.system_identifier = excluded.system_identifier THEN greatest(r.through, excluded.through)
                        ELSE excluded.through END,
@@ -60,10 +74,9 @@ DO $$
 DECLARE
     part regclass;
 BEGIN
-    CREATE TRIGGER note_removal AFTER DELETE ON ebb.buffer EXECUTE FUNCTION ebb.note_removal();
-    CREATE TRIGGER note_truncation BEFORE TRUNCATE ON ebb.buffer EXECUTE FUNCTION ebb.note_removal();
-    FOR part IN SELECT inhrelid::regclass FROM pg_inherits WHERE inhparent = 'ebb.buffer'::regclass LOOP
-        EXECUTE format('CREATE TRIGGER note_removal AFTER DELETE ON %s EXECUTE FUNCTION ebb.note_removal()', part);
+    FOR part IN SELECT 'ebb.buffer'::regclass UNION ALL SELECT inhrelid FROM pg_inherits WHERE inhparent = 'ebb.buffer'::regclass LOOP
+        EXECUTE format('CREATE TRIGGER note_removal AFTER DELETE ON %s REFERENCING OLD TABLE AS removed_rows '
+            'FOR EACH STATEMENT EXECUTE FUNCTION ebb.note_removal()', part);
         EXECUTE format('CREATE TRIGGER note_truncation BEFORE TRUNCATE ON %s EXECUTE FUNCTION ebb.note_removal()', part);
     END LOOP;
 END
@@ -71,3 +84,5 @@ $$;
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON ebb.epoch TO ebb_bridge;
 GRANT SELECT ON ebb.removed TO ebb_bridge;
+-- Rows from a dump have transaction ids of another cluster.
+GRANT UPDATE (xid) ON ebb.buffer TO ebb_bridge;
