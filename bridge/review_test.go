@@ -14,7 +14,6 @@ import (
 	natsjs "github.com/nats-io/nats.go/jetstream"
 
 	"ebb/bridge"
-	"ebb/event"
 	"ebb/internal/natstest"
 	"ebb/internal/pgtest"
 	"ebb/internal/postgres"
@@ -223,50 +222,6 @@ func TestReviewNeverRecorded(t *testing.T) {
 	t.Log(pgtest.Value[string](t, f.db, "SELECT string_agg(format('%s lsn %s snapshot %s seq %s', id, lsn, snapshot, stream_seq), E'\\n' ORDER BY id) FROM ebb.tick"))
 	t.Log(pgtest.Value[string](t, f.db, "SELECT string_agg(format('%s xid %s', id, xid), ', ' ORDER BY id) FROM ebb.buffer"))
 	sameSet(t, ids(t, s.all()), f.rows())
-}
-
-// F5: setup (or a leader that was frozen) and a bridge make the slot at the same time.
-func TestReviewSlotMadeByTwo(t *testing.T) {
-	for _, exact := range []bool{true, false} {
-		t.Run(fmt.Sprintf("exact %v", exact), func(t *testing.T) {
-			f := newFixture(t, pgtest.New(t))
-			inner := newTestSink()
-			var s sink.Sink = inner
-			if exact {
-				inner.exact = true
-				s = &exactSink{inner}
-			}
-			f.put(3)
-			f.db.Exec(t, "SELECT pg_drop_replication_slot('"+f.slot+"')")
-			inner.block()
-			var r *running
-			cfg := f.config(nil)
-			cfg.InterruptAt(func(place string) error {
-				if place == "prepared" {
-					r = f.run(s)
-					pgtest.Eventually(t, patience, func() (bool, string) { return inner.taken() == 3, "the bridge does not recover" })
-					f.put(5)
-				}
-				return nil
-			})
-			ctx, cancel := context.WithTimeout(t.Context(), patience)
-			defer cancel()
-			db, err := sql.Connect(ctx, f.db.URL, f.slot)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer db.Close(ctx)
-			_, err = bridge.EnsureSlot(ctx, db, cfg)
-			t.Logf("setup ended with %v", err)
-			f.put(2)
-			inner.unblock()
-			f.awaitBacklog(0)
-			f.put(1)
-			f.awaitBacklog(0)
-			r.stop()
-			sameSet(t, ids(t, inner.all()), f.rows())
-		})
-	}
 }
 
 // wokenSink is a stream into which a leader that was frozen publishes what it had pending, after the scan of the one that follows it.
@@ -566,7 +521,6 @@ func TestReviewForgottenAfterASwitch(t *testing.T) {
 	sameSet(t, got, f.rows()[10:])
 }
 
-var _ = event.Position{}
 
 // F16: the tick that the stream still reaches was forgotten, because nothing had happened for TickKeep; its limits have removed older messages.
 func TestReviewForgottenAfterAQuietTime(t *testing.T) {
