@@ -521,7 +521,6 @@ func TestReviewForgottenAfterASwitch(t *testing.T) {
 	sameSet(t, got, f.rows()[10:])
 }
 
-
 // F16: the tick that the stream still reaches was forgotten, because nothing had happened for TickKeep; its limits have removed older messages.
 func TestReviewForgottenAfterAQuietTime(t *testing.T) {
 	f := newFixture(t, pgtest.New(t))
