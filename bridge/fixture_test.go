@@ -290,7 +290,7 @@ func (s *testSink) Resume(ctx context.Context, known sink.Known) (sink.Tail, err
 	defer s.mu.Unlock()
 	if s.exact {
 		n := uint64(len(s.events))
-		return sink.Tail{Position: s.last, Sequence: n, Last: n, Source: known.Source, Exclusive: true}, nil
+		return sink.Tail{Position: s.last, Sequence: n, Last: n, Holds: n, Source: known.Source, Exclusive: true}, nil
 	}
 	if s.last.Compare(known.Position) > 0 {
 		return sink.Tail{Position: s.last}, nil
