@@ -275,6 +275,7 @@ func TestForeignMessages(t *testing.T) {
 	ours := sink.Tail{Position: event.Position{Epoch: 1, Commit: 1, Index: 3}, Sequence: 3, ID: "1-3", Last: 3, Exclusive: true}
 	resume := func(known sink.Known, want sink.Tail) {
 		t.Helper()
+		want.Holds = want.Last
 		if got, err := s.Resume(t.Context(), known); err != nil || got != want {
 			t.Errorf("the end is %+v, %v; want %+v", got, err, want)
 		}
@@ -396,7 +397,7 @@ func TestEndsOfStreams(t *testing.T) {
 			if c.change != nil {
 				c.change(t, stream)
 			}
-			c.want.Exclusive = true
+			c.want.Exclusive, c.want.Holds = true, c.want.Last
 			if n := c.want.Sequence; n > 0 {
 				c.want.Position, c.want.ID = event.Position{Epoch: 1, Commit: 1, Index: n}, fmt.Sprintf("1-%d", n)
 			}
