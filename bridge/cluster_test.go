@@ -31,7 +31,7 @@ func TestClusterChangesItsLeaders(t *testing.T) {
 		return f.run(s)
 	}
 	r := run()
-	w := f.produce(f.db.URL, 4)
+	w := f.produce(f.db.URL, 4, 10*time.Millisecond) // 2,800 events/s
 	js := c.JetStream(t)
 	stored := func() (n int) {
 		t.Helper()

@@ -126,26 +126,34 @@ type producers struct {
 	committed atomic.Int64
 }
 
-func (f *fixture) produce(url string, n int) *producers {
+// produce starts n producers, each of which begins a transaction every so often, or at once when the one before has ended if every is 0.
+func (f *fixture) produce(url string, n int, every time.Duration) *producers {
 	f.t.Helper()
 	f.db.Exec(f.t, "CREATE TABLE turn (n bigint); INSERT INTO turn VALUES (0); CREATE TABLE turns (n bigint, xid xid8)")
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &producers{t: f.t, stopped: cancel}
 	for range n {
-		p.all.Go(func() { p.produce(ctx, url) })
+		p.all.Go(func() { p.produce(ctx, url, every) })
 	}
 	f.t.Cleanup(p.stop)
 	return p
 }
 
-func (p *producers) produce(ctx context.Context, url string) {
+func (p *producers) produce(ctx context.Context, url string, every time.Duration) {
 	var db *pgx.Conn
+	pace := time.NewTicker(max(every, 1))
+	defer pace.Stop()
 	defer func() {
 		if db != nil {
 			db.Close(context.Background())
 		}
 	}()
-	for ctx.Err() == nil {
+	for {
+		select {
+		case <-pace.C:
+		case <-ctx.Done():
+			return
+		}
 		if db == nil || db.IsClosed() {
 			var err error
 			if db, err = pgx.Connect(ctx, url); err != nil {
@@ -194,7 +202,7 @@ func TestPromotionWithTheSlot(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := p.runWith(p.config(p.dsn()))
-	w := p.produce(p.dsn(), 4)
+	w := p.produce(p.dsn(), 4, 0)
 	p.streamed(p.nats, 100)
 	p.standby.WaitSynced(t, p.primary, p.slot)
 	if !pgtest.Value[bool](t, p.db, "SELECT failover FROM pg_replication_slots WHERE slot_name = $1", p.slot) {
