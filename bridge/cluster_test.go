@@ -1,6 +1,7 @@
 package bridge_test
 
 import (
+	"context"
 	"fmt"
 	"strconv"
 	"testing"
@@ -36,7 +37,9 @@ func TestClusterChangesItsLeaders(t *testing.T) {
 	stored := func() (n int) {
 		t.Helper()
 		pgtest.Eventually(t, patience, func() (bool, string) {
-			stream, err := js.Stream(t.Context(), "EBB")
+			ctx, cancel := context.WithTimeout(t.Context(), 250*time.Millisecond) // no answer at all comes while nobody leads
+			defer cancel()
+			stream, err := js.Stream(ctx, "EBB")
 			if err != nil {
 				return false, err.Error()
 			}

@@ -539,3 +539,35 @@ func (f *fixture) restore(from *pgtest.Database) {
 		f.db.Exec(f.t, fmt.Sprintf("SELECT setval(pg_get_serial_sequence('ebb.%[1]s', 'id'), max(id)) FROM ebb.%[1]s", table))
 	}
 }
+
+// After a promotion the bridge has gone on and published, and then a standby is promoted in its turn that has the rows, but not what the bridge
+// has recorded of its epoch. That others have published in an epoch which is not known here is all that can be seen.
+func TestPromotionForgetsTheEpoch(t *testing.T) {
+	p := newPair(t, postgres.Installation{}, nil)
+	p.standby.CatchUp(t, p.primary)
+	p.failover()
+	cfg := p.config(p.db.URL)
+	cfg.TickEvery = time.Hour // so that the slot holds all of it still
+	r := p.runWith(cfg)
+	p.put(1)
+	p.streamed(p.nats, 1)
+	p.put(10)
+	p.streamed(p.nats, 11)
+	r.stop()
+	p.db.Exec(t, "UPDATE ebb.slot SET epoch = 1, timeline = 1", "DELETE FROM ebb.epoch WHERE epoch = 2")
+
+	err := p.runWith(p.config(p.db.URL)).wait()
+	if !errors.Is(err, bridge.ErrLost) || !strings.Contains(err.Error(), "epoch 2") {
+		t.Fatalf("ended with %v, want ErrLost and the epoch", err)
+	}
+	cfg = p.config(p.db.URL)
+	cfg.Adopt = true
+	r = p.runWith(cfg)
+	p.put(5)
+	p.streamed(p.nats, 16)
+	p.awaitBacklog(0)
+	r.stop()
+	got, messages := p.streamed(p.nats, 16)
+	sameOrder(t, got, p.rows())
+	positions(t, messages)
+}
