@@ -182,6 +182,16 @@ func whichHistory(f *facts) (step, bool) {
 		}
 		return f.diverge(what, 0), true
 
+	// Also after a promotion: that of another standby, whose bridge has gone on with the stream, may have come before it. Of the other
+	// one's events it cannot be told from positions which are of rows that are here.
+	case f.remembers && f.tail.Position.Epoch > epoch:
+		if !f.adopt {
+			return halt(fmt.Errorf("%w: its last event is of epoch %d and this database is in epoch %d, so that another one, restored, copied or "+
+				"promoted, has gone on with it. If this database is the one to go on with, stop the other one and start once with ebb run --adopt",
+				ErrLost, f.tail.Position.Epoch, epoch)), true
+		}
+		return f.diverge("adopted a stream of a later epoch", 0), true
+
 	case f.system.Timeline != f.record.Timeline:
 		at, ok := f.switchPoint()
 		switch {
@@ -203,14 +213,6 @@ func whichHistory(f *facts) (step, bool) {
 
 	case !f.remembers:
 		return step{}, false
-
-	case f.tail.Position.Epoch > epoch:
-		if !f.adopt {
-			return halt(fmt.Errorf("%w: its last event is of epoch %d and this database is in epoch %d, so that another one, restored, copied or "+
-				"promoted, has gone on with it. If this database is the one to go on with, stop the other one and start once with ebb run --adopt",
-				ErrLost, f.tail.Position.Epoch, epoch)), true
-		}
-		return f.diverge("adopted a stream of a later epoch", 0), true
 
 	case f.ruledOut():
 		if !f.adopt {

@@ -64,6 +64,9 @@ var fast = map[string]string{
 	"jit":                "off",
 	"max_wal_size":       "512MB",
 	"wal_sender_timeout": "20s",
+
+	// A standby whose primary is gone may notice its promotion only when it next tries to reach that.
+	"wal_retrieve_retry_interval": "100ms",
 }
 
 func sharedServer(t testing.TB) *postgres.Server {
