@@ -15,6 +15,8 @@ import (
 	"ebb/event"
 	"ebb/internal/natstest"
 	"ebb/internal/pgtest"
+	"ebb/internal/postgres"
+	"ebb/replication"
 	"ebb/sql"
 )
 
@@ -547,4 +549,78 @@ func TestKilledAtEveryStep(t *testing.T) {
 			t.Errorf("it was never killed at %q", place)
 		}
 	}
+}
+
+// A slot that the server has given up, or that is another one by now, is made anew; what it held comes from the buffer.
+func TestSlotGivenUp(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		major  int // at least
+		give   func(t *testing.T, server *pgtest.Server, f *fixture)
+		reason string
+	}{
+		{"max_slot_wal_keep_size", 0, func(t *testing.T, server *pgtest.Server, f *fixture) {
+			if err := server.SetSetting(t.Context(), "max_slot_wal_keep_size", "1MB"); err != nil {
+				t.Fatal(err)
+			}
+			f.db.Exec(t, "CREATE TABLE other (v text)", "ALTER TABLE other ALTER v SET STORAGE EXTERNAL")
+			for range 3 {
+				f.db.Exec(t, "INSERT INTO other SELECT repeat(md5(i::text), 1024) FROM generate_series(1, 600) i", "SELECT pg_switch_wal()", "CHECKPOINT")
+			}
+		}, "max_slot_wal_keep_size"},
+		{"idle_replication_slot_timeout", 18, func(t *testing.T, server *pgtest.Server, f *fixture) {
+			if err := server.SetSetting(t.Context(), "idle_replication_slot_timeout", "1s"); err != nil {
+				t.Fatal(err)
+			}
+			pgtest.Eventually(t, patience, func() (bool, string) {
+				f.db.Exec(t, "CHECKPOINT")
+				return pgtest.Value[bool](t, f.db, "SELECT invalidation_reason = 'idle_timeout' IS TRUE FROM pg_replication_slots WHERE slot_name = $1", f.slot),
+					"the slot is not invalidated"
+			})
+		}, "idle_timeout"},
+		{"another plugin", 0, func(t *testing.T, _ *pgtest.Server, f *fixture) {
+			f.db.Exec(t, "SELECT pg_drop_replication_slot('"+f.slot+"')", "SELECT pg_create_logical_replication_slot('"+f.slot+"', 'test_decoding')")
+		}, "test_decoding"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cfg := postgres.Config{}
+			if c.major > 0 {
+				cfg.Installation = pgtest.Installation(t, c.major)
+			}
+			server := pgtest.NewServer(t, cfg)
+			f := newFixture(t, server.New(t))
+			nats := natstest.New(t)
+			f.put(20)
+			f.delivered(nats, 20)
+			unrecorded := f.config(f.stream(nats))
+			unrecorded.TickEvery = time.Hour
+			r := f.runWith(unrecorded)
+			f.put(20)
+			f.streamed(nats, 40)
+			r.stop()
+			f.put(20)
+			c.give(t, server, f)
+			f.put(20)
+			r = f.run(f.stream(nats))
+			f.awaitBacklog(0)
+			f.onceInStream(nats)
+			r.stop()
+			if why := pgtest.Value[string](t, f.db, "SELECT made || ' ' || made_because FROM ebb.slot"); !strings.HasPrefix(why, "2 ") || !strings.Contains(why, c.reason) {
+				t.Errorf("the slot was made: %s", why)
+			}
+		})
+	}
+
+	t.Run("another database", func(t *testing.T) {
+		f := newFixture(t, pgtest.New(t))
+		f.db.Exec(t, "SELECT pg_drop_replication_slot('"+f.slot+"')")
+		other := pgtest.New(t)
+		other.Exec(t, "SELECT pg_create_logical_replication_slot('"+f.slot+"', 'pgoutput')")
+		if err := f.run(newExactSink()).wait(); !errors.Is(err, replication.ErrForeignSlot) || !strings.Contains(err.Error(), other.Name) {
+			t.Errorf("ended with %v", err)
+		}
+		if n := pgtest.Value[int64](t, other, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1", f.slot); n != 1 {
+			t.Error("another database's slot is gone")
+		}
+	})
 }
