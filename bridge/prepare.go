@@ -61,7 +61,7 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 		l.Logger.Warn("the slot is to be made anew", "slot", l.Slot, "because", s.why)
 		return sql.RemakeSlot(ctx, l.db, l.record, s.why, true)
 	case actMake:
-		l.Logger.Warn("the slot is lost; making it anew and delivering from the buffer what it held", "slot", l.Slot, "because", s.why,
+		l.Logger.Warn("making the slot anew, and delivering from the buffer what it held", "slot", l.Slot, "because", s.why,
 			"times_made", l.record.MadeTimes)
 		*l.doubt = noDoubt
 		var err error
