@@ -329,8 +329,7 @@ func whatIsForeign(f *facts) (step, bool) {
 	if !f.remembers || !f.ticked || f.tail.Sequence < f.tick.StreamSeq || f.tail.Sequence == 0 {
 		return step{}, false
 	}
-	c := f.tail.Position.Compare(f.tick.Position)
-	if c > 0 || c == 0 && f.tail.Sequence >= f.tick.StreamSeq {
+	if f.tail.Position.Compare(f.tick.Position) >= 0 {
 		return step{}, false
 	}
 	return halt(fmt.Errorf("%w: its message %d is event %q at %s, and position %s was delivered in message %d. Give ebb a stream of its own "+
