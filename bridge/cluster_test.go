@@ -16,6 +16,7 @@ import (
 // The stream is kept by three servers, which lose their leader in every way while events flow, and so does the slot. The stream has what was
 // committed, once and in order.
 func TestClusterChangesItsLeaders(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	c := natstest.NewCluster(t, 3)
 	run := func() *running {

@@ -75,6 +75,7 @@ const putOne = `INSERT INTO ebb.buffer (topic, payload) VALUES ('t', '{"waits": 
 
 // A transaction that waits for a synchronous standby is in the slot's snapshot, but no query sees its rows yet.
 func TestSlotMadeWhileACommitWaits(t *testing.T) {
+	t.Parallel()
 	server := pgtest.NewServer(t, postgres.Config{})
 	f := newFixture(t, server.New(t))
 	standby := syncStandby{t, server}
@@ -131,6 +132,7 @@ func TestSlotMadeWhileACommitWaits(t *testing.T) {
 
 // A change of the publication that waits for a synchronous standby is decoded before any query sees it.
 func TestPublicationChangeWaits(t *testing.T) {
+	t.Parallel()
 	server := pgtest.NewServer(t, postgres.Config{})
 	f := newFixture(t, server.New(t))
 	standby := syncStandby{t, server}
@@ -163,6 +165,7 @@ func TestPublicationChangeWaits(t *testing.T) {
 
 // The tick from which ids are looked for in the stream may have been stored after an event that the newest tick does not see.
 func TestRecoveryFloor(t *testing.T) {
+	t.Parallel()
 	server := pgtest.NewServer(t, postgres.Config{})
 	f := newFixture(t, server.New(t))
 	standby := syncStandby{t, server}
@@ -193,6 +196,7 @@ func TestRecoveryFloor(t *testing.T) {
 
 // What a commit that waits had put is delivered and never recorded; a restart makes the slot anew because of it.
 func TestNeverRecorded(t *testing.T) {
+	t.Parallel()
 	server := pgtest.NewServer(t, postgres.Config{})
 	f := newFixture(t, server.New(t))
 	standby := syncStandby{t, server}
@@ -240,6 +244,7 @@ func (s *wokenSink) Scan(ctx context.Context, after uint64, fn func(sink.Stored)
 
 // A leader that was frozen during a recovery and wakes up.
 func TestFrozenLeaderWakesDuringRecovery(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	f.put(10)
@@ -265,6 +270,7 @@ func TestFrozenLeaderWakesDuringRecovery(t *testing.T) {
 
 // A stream that its limits have emptied; the slot is lost, and the bridge is killed while it recovers.
 func TestKilledWhileRecoveringIntoAnEmptiedStream(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	f.put(10)
@@ -302,6 +308,7 @@ func TestKilledWhileRecoveringIntoAnEmptiedStream(t *testing.T) {
 
 // The permission to go on with a stream of another source goes with a copy of the database.
 func TestCopyOfADatabaseThatHasAdopted(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	js := server.JetStream(t)
@@ -339,6 +346,7 @@ func TestCopyOfADatabaseThatHasAdopted(t *testing.T) {
 
 // In a stream that others publish to, an event that is refused is passed over at the next start.
 func TestRefusedEventOfASharedStream(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	js := server.JetStream(t)
@@ -367,6 +375,7 @@ func TestRefusedEventOfASharedStream(t *testing.T) {
 
 // A broker has forgotten events, and others have published since.
 func TestForgottenBehindOthersMessages(t *testing.T) {
+	t.Parallel()
 	for _, exclusive := range []bool{true, false} {
 		t.Run(fmt.Sprintf("exclusive %v", exclusive), func(t *testing.T) {
 			f := newFixture(t, pgtest.New(t))
@@ -415,6 +424,7 @@ func TestForgottenBehindOthersMessages(t *testing.T) {
 
 // Old rows, long since delivered, have been removed; what was forgotten is all in the buffer.
 func TestOldRowsRemoved(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	f.put(10)
@@ -441,6 +451,7 @@ func TestOldRowsRemoved(t *testing.T) {
 
 // A new stream forgets what it was given, and is filled in with what another one had been given before.
 func TestForgottenAfterASwitch(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	old := newExactSink()
 	r := f.run(old)
@@ -470,6 +481,7 @@ func TestForgottenAfterASwitch(t *testing.T) {
 
 // The tick that the stream still reaches was forgotten, because nothing had happened for TickKeep; its limits have removed older messages.
 func TestForgottenAfterAQuietTime(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	f.put(5)
@@ -503,6 +515,7 @@ func TestForgottenAfterAQuietTime(t *testing.T) {
 
 // A bridge that starts while setup makes the slot ends setup's walsender.
 func TestBridgeStartsDuringSetup(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	f.db.Exec(t, "SELECT pg_drop_replication_slot('"+f.slot+"')")
 	conn := f.db.Connect(t)
@@ -552,6 +565,7 @@ func (s *awaySink) Scan(ctx context.Context, after uint64, fn func(sink.Stored) 
 
 // NATS restarts while a recovery looks for what the stream holds.
 func TestStreamAwayDuringAScan(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	f.put(10)
@@ -592,6 +606,7 @@ func TestStreamAwayDuringAScan(t *testing.T) {
 
 // The rights of ebb_bridge are enough for every way to go on. (Passes.)
 func TestRights(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	name := f.slot + "_run"
 	f.db.Exec(t, "CREATE ROLE "+name+" LOGIN REPLICATION", "GRANT ebb_bridge TO "+name)

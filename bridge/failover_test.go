@@ -197,6 +197,7 @@ func (f *fixture) committed() []int64 {
 // committed, once and in order. The walsender waits for the standby (synchronized_standby_slots), so that nothing is delivered that it does
 // not have.
 func TestPromotionWithTheSlot(t *testing.T) {
+	t.Parallel()
 	p := newPair(t, pgtest.Installation(t, 17), map[string]string{"sync_replication_slots": "on"})
 	if err := p.primary.SetSetting(t.Context(), "synchronized_standby_slots", "standby"); err != nil {
 		t.Fatal(err)
@@ -235,6 +236,7 @@ func TestPromotionWithTheSlot(t *testing.T) {
 
 // A standby without the slot is promoted: what was not delivered comes from the buffer.
 func TestPromotionWithoutTheSlot(t *testing.T) {
+	t.Parallel()
 	p := newPair(t, postgres.Installation{}, nil)
 	r := p.runWith(p.config(p.dsn()))
 	p.put(100)
@@ -273,6 +275,7 @@ func TestPromotionWithoutTheSlot(t *testing.T) {
 // A standby is promoted that misses transactions which were delivered. The bridge lists them; told to, it goes on, and delivers what is new,
 // also when that has the ids of what was lost, and even the same content.
 func TestPromotionLosesTransactions(t *testing.T) {
+	t.Parallel()
 	p := newPair(t, postgres.Installation{}, nil)
 	r := p.runWith(p.config(p.dsn()))
 	put := func(n int) {
@@ -340,6 +343,7 @@ func TestPromotionLosesTransactions(t *testing.T) {
 // A standby is promoted while its primary goes on, each with a bridge of its own: the one that publishes first has the stream, and the other
 // one halts. Nothing interleaves.
 func TestTwoPrimaries(t *testing.T) {
+	t.Parallel()
 	const put = "INSERT INTO ebb.buffer (topic, payload) SELECT 't', '{}' FROM generate_series(1, 3)"
 	begin := func(t *testing.T) (p *pair, old, promoted *running) {
 		p = newPair(t, postgres.Installation{}, nil)
@@ -412,6 +416,7 @@ func TestTwoPrimaries(t *testing.T) {
 // A copy of the database's files runs as a server of its own, on the same timeline, and must not publish into the stream: neither while its
 // log is shorter than that which the stream is of, nor when it has grown past that.
 func TestCopyOfTheFiles(t *testing.T) {
+	t.Parallel()
 	p := newPair(t, postgres.Installation{}, nil)
 	r := p.runWith(p.config(p.former.URL))
 	p.put(10)
@@ -475,6 +480,7 @@ func TestCopyOfTheFiles(t *testing.T) {
 // The database is restored into another cluster, as from a dump: with foreign transaction ids in the rows, ticks that mean nothing there, and
 // no slot.
 func TestRestoredDump(t *testing.T) {
+	t.Parallel()
 	origin := pgtest.NewServer(t, postgres.Config{})
 	f := newFixture(t, origin.New(t))
 	nats := natstest.New(t)
@@ -543,6 +549,7 @@ func (f *fixture) restore(from *pgtest.Database) {
 // After a promotion the bridge has gone on and published, and then a standby is promoted in its turn that has the rows, but not what the bridge
 // has recorded of its epoch. That others have published in an epoch which is not known here is all that can be seen.
 func TestPromotionForgetsTheEpoch(t *testing.T) {
+	t.Parallel()
 	p := newPair(t, postgres.Installation{}, nil)
 	p.standby.CatchUp(t, p.primary)
 	p.failover()

@@ -71,6 +71,7 @@ func backup(t *testing.T, server *natstest.Server) (restore func()) {
 
 // A broker that comes back with an earlier state, or with none, is filled in again, whether the bridge runs meanwhile or not.
 func TestForgetfulBroker(t *testing.T) {
+	t.Parallel()
 	for _, running := range []bool{false, true} {
 		for _, c := range []struct {
 			name   string
@@ -131,6 +132,7 @@ func TestForgetfulBroker(t *testing.T) {
 
 // What was forgotten and is not in the buffer any more is not passed over in silence.
 func TestForgottenAndRemoved(t *testing.T) {
+	t.Parallel()
 	for _, remove := range []string{"DELETE FROM ebb.buffer WHERE id = 17", "TRUNCATE ebb.buffer"} {
 		t.Run(remove, func(t *testing.T) {
 			f := newFixture(t, pgtest.New(t))
@@ -179,6 +181,7 @@ func TestForgottenAndRemoved(t *testing.T) {
 
 // A broker that forgets again and again while it is being filled in.
 func TestForgettingDuringRecovery(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	f.put(2000)
@@ -209,6 +212,7 @@ func TestForgettingDuringRecovery(t *testing.T) {
 
 // A stream that was emptied by its own limits has forgotten nothing: the events behind the newest tick are counted.
 func TestStreamEmptiedByItsLimits(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	f.put(100)
@@ -251,6 +255,7 @@ func TestStreamEmptiedByItsLimits(t *testing.T) {
 
 // A message of somebody else between those of the bridge is told apart from one that has taken an event's place.
 func TestForeignMessagesInTheStream(t *testing.T) {
+	t.Parallel()
 	foreign := func(t *testing.T, server *natstest.Server) {
 		t.Helper()
 		if _, err := server.JetStream(t).PublishMsg(t.Context(), &nats.Msg{Subject: "ebb.theirs", Data: []byte("x"), Header: nats.Header{"ce-id": {"0"}}}); err != nil {
@@ -365,6 +370,7 @@ func restoreTail(t *testing.T, js natsjs.JetStream, messages []natstest.Msg, cha
 
 // A stream that others publish to as well: the bridge neither minds them nor counts on numbers, and delivers nothing twice over restarts.
 func TestSharedStream(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	js := server.JetStream(t)
@@ -413,6 +419,7 @@ func TestSharedStream(t *testing.T) {
 
 // Of a slot that somebody has dropped and made again by hand there is no sign but the rows that do not come by.
 func TestSlotReplacedByHand(t *testing.T) {
+	t.Parallel()
 	for _, quiet := range []bool{false, true} {
 		t.Run(fmt.Sprintf("quiet before %v", quiet), func(t *testing.T) {
 			f := newFixture(t, pgtest.New(t))
@@ -446,6 +453,7 @@ func TestSlotReplacedByHand(t *testing.T) {
 
 // A publication that was damaged and mended by hand, so that it fits at every tick, has passed over rows all the same.
 func TestPublicationMendedByHand(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	s := newExactSink()
 	cfg := f.config(s)
@@ -476,6 +484,7 @@ func TestPublicationMendedByHand(t *testing.T) {
 // Dropping a published column with CASCADE takes the table out of the publication without a word. Under load, the bridge stops and confirms
 // nothing of what it passed over.
 func TestPublishedColumnDropped(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	s := newExactSink()
 	r := f.run(s)
@@ -520,6 +529,7 @@ func TestPublishedColumnDropped(t *testing.T) {
 
 // A slot that is lost while the bridge is killed at every place where it can be: it converges, and delivers each row once.
 func TestKilledAtEveryStep(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	f.put(50)
@@ -553,6 +563,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 
 // A slot that the server has given up, or that is another one by now, is made anew; what it held comes from the buffer.
 func TestSlotGivenUp(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name   string
 		major  int // at least

@@ -19,6 +19,7 @@ import (
 // Two bridges, of which the leading one loses its lock and keeps its stream, or loses its stream and keeps its lock, again and again: one of
 // them leads, and nothing is lost, doubled or out of order.
 func TestLeaderLosesItsSessions(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t, pgtest.New(t))
 	nats := natstest.New(t)
 	bridges := []*running{f.run(f.stream(nats)), f.run(f.stream(nats))}
@@ -98,6 +99,7 @@ func forwarder(t *testing.T, route func(n int) *pgtest.Server) (port int) {
 // A list of hosts, or a name that moves, leads the three sessions of a bridge to two servers that are both primaries. The bridge does nothing
 // until all of them are at one.
 func TestSessionsAtTwoPrimaries(t *testing.T) {
+	t.Parallel()
 	p := newPair(t, postgres.Installation{}, nil)
 	p.standby.CatchUp(t, p.primary)
 	p.promote()
