@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -54,7 +55,7 @@ func (c *Config) at(place string) error {
 const (
 	// standbyPoll is how often a standby asks whether the leader is gone.
 	standbyPoll = 250 * time.Millisecond
-	// settled is how long a bridge has run when its next failure counts as a new one.
+	// settled is how long a bridge that has nothing to deliver has run when its next failure counts as a new one.
 	settled = 10 * time.Second
 )
 
@@ -64,11 +65,12 @@ func Run(ctx context.Context, cfg Config) error {
 	attempts := quiet.New(cfg.Logger)
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval = 100*time.Millisecond, 5*time.Second
-	doubt := noDoubt
+	var carried carried
 	for {
 		started := time.Now()
-		before := doubt
-		err := lead(ctx, cfg, &doubt)
+		before := carried.doubt
+		carried.delivered.Store(false)
+		err := lead(ctx, cfg, &carried)
 		switch {
 		case ctx.Err() != nil:
 			if err != nil && !errors.Is(err, context.Canceled) {
@@ -81,18 +83,25 @@ func Run(ctx context.Context, cfg Config) error {
 		if err == nil {
 			err = errors.New("the stream ended")
 		}
-		if time.Since(started) > settled {
-			doubt = noDoubt
+		if carried.delivered.Load() || time.Since(started) > settled {
+			carried.doubt = noDoubt
 			wait.Reset()
 			attempts.Succeeded("the bridge had recovered")
 		}
-		doubt = doubt.after(err)
+		carried.doubt = carried.doubt.after(err)
 		next := wait.NextBackOff()
 		attempts.Failed("the bridge was interrupted and tries again", err, "next", next.Round(time.Millisecond))
 		if sleep.For(ctx, next) != nil {
 			return nil
 		}
 	}
+}
+
+// carried is what one lead leaves to the next one.
+type carried struct {
+	doubt doubt
+	// delivered says that the sink has taken something from the slot's stream.
+	delivered atomic.Bool
 }
 
 // ErrSetup says that the database is not set up for this bridge.
@@ -120,7 +129,7 @@ func isPermanent(err error) bool {
 }
 
 // lead waits until this bridge is the slot's leader, and then delivers until stop ends or something fails, which is an error.
-func lead(stop context.Context, cfg Config, doubt *doubt) error {
+func lead(stop context.Context, cfg Config, carried *carried) error {
 	// Before there is a stream, there is nothing to drain: stop ends everything at once.
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(stop))
 	defer cancel(nil)
@@ -163,7 +172,7 @@ func lead(stop context.Context, cfg Config, doubt *doubt) error {
 		<-held
 	}()
 
-	l := &leader{Config: cfg, db: db, doubt: doubt}
+	l := &leader{Config: cfg, db: db, carried: carried}
 	defer l.closeConn()
 	err = l.connect(ctx, lock.PgConn().PID())
 	if err == nil {

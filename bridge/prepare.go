@@ -52,7 +52,7 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 	case actRaise:
 		l.Logger.Warn("beginning a new epoch", "slot", l.Slot, "epoch", s.raise.Epoch.Number, "from", s.raise.Epoch.From, "because", s.why,
 			"remake_slot", s.raise.Remake)
-		*l.doubt = noDoubt // of what was before
+		l.carried.doubt = noDoubt // of what was before
 		return sql.RaiseEpoch(ctx, l.db, l.record, s.raise)
 	case actRewind:
 		l.Logger.Warn("the stream has forgotten what it acknowledged; delivering it again", "because", s.why, "from_slot", s.slotHolds)
@@ -63,7 +63,7 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 	case actMake:
 		l.Logger.Warn("making the slot anew, and delivering from the buffer what it held", "slot", l.Slot, "because", s.why,
 			"times_made", l.record.MadeTimes)
-		*l.doubt = noDoubt
+		l.carried.doubt = noDoubt
 		var err error
 		l.record, err = makeSlot(ctx, l.db, l.conn, &l.Config, l.system, l.record.Term, s.why)
 		return err
@@ -81,7 +81,7 @@ func (e *haltError) Unwrap() error { return e.err }
 
 // look collects the facts.
 func (l *leader) look(ctx context.Context) (*facts, error) {
-	f := &facts{destination: l.Destination, adopt: l.Adopt, acceptGap: l.AcceptGap, doubt: *l.doubt, system: l.system}
+	f := &facts{destination: l.Destination, adopt: l.Adopt, acceptGap: l.AcceptGap, doubt: l.carried.doubt, system: l.system}
 	var err error
 	if f.record, err = sql.ReadSlot(ctx, l.db, l.Slot); err != nil {
 		return nil, fmt.Errorf("%w: %w; run ebb setup", ErrSetup, err)

@@ -38,10 +38,10 @@ type leader struct {
 	Config
 	db *pgxConn
 	// conn is the replication connection until out, the stream, has taken it over.
-	conn   *replication.Conn
-	system replication.System
-	doubt  *doubt
-	record sql.SlotRecord
+	conn    *replication.Conn
+	system  replication.System
+	carried *carried
+	record  sql.SlotRecord
 	// slot is what the stream starts from.
 	slot replication.Slot
 
@@ -190,6 +190,7 @@ func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.
 
 // delivered is called by the sink.
 func (l *leader) delivered(p sink.Progress) {
+	l.carried.delivered.Store(true)
 	confirmed := l.tracker.deliver(p)
 	l.out.Confirm(confirmed.write, confirmed.flush)
 }
