@@ -303,3 +303,43 @@ func TestLostSlot(t *testing.T) {
 		t.Errorf("stopped as %s", role)
 	}
 }
+
+// However much was delivered before, a bridge that is killed leaves no more than some ticks' worth for the next one to read again.
+func TestLittleIsReadAgain(t *testing.T) {
+	f := newFixture(t, pgtest.New(t))
+	s := newExactSink()
+	cfg := f.config(s)
+	cfg.TickEvery = 200 * time.Millisecond
+	r := f.runWith(cfg)
+	db := f.db.Connect(t)
+	const transactions, rows = 400, 20
+	began := time.Now()
+	for range transactions {
+		if _, err := db.Exec(t.Context(), "INSERT INTO ebb.buffer (topic, payload) SELECT 't', '{}' FROM generate_series(1, $1)", rows); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Millisecond) // the pace of the producer
+	}
+	// Killed: it has no time to say how far it has come.
+	if _, err := db.Exec(t.Context(), "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1", f.slot); err != nil {
+		t.Fatal(err)
+	}
+	took := time.Since(began)
+	r.cancel()
+	<-r.done
+	var again int
+	pgtest.Eventually(t, patience, func() (bool, string) {
+		err := db.QueryRow(t.Context(), `SELECT count(*) FROM pg_logical_slot_peek_binary_changes($1, NULL, NULL, 'proto_version', '1', 'publication_names', 'ebb')
+			WHERE get_byte(data, 0) = ascii('I')`, f.slot).Scan(&again)
+		return err == nil, fmt.Sprint(err)
+	})
+	second := int(float64(transactions*rows) / took.Seconds())
+	t.Logf("%d rows in %s; %d are read again, of %d in a second", transactions*rows, took.Round(time.Millisecond), again, second)
+	if again > second {
+		t.Errorf("%d rows are read again, more than the %d of a second", again, second)
+	}
+	r = f.run(s)
+	s.await(t, transactions*rows)
+	r.stop()
+	sameOrder(t, ids(t, s.all()), f.rows())
+}
