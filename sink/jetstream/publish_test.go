@@ -949,77 +949,23 @@ func TestFrozenServer(t *testing.T) {
 	p.finish(server)
 }
 
-// cluster starts three servers that know each other, and waits until JetStream has a leader there.
-func cluster(t *testing.T) []*server.Server {
-	t.Helper()
-	var listeners [3]net.Listener
-	var routes []string
-	for i := range listeners {
-		var err error
-		if listeners[i], err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
-			t.Fatal(err)
-		}
-		routes = append(routes, "nats://"+listeners[i].Addr().String())
-	}
-	var servers []*server.Server
-	for i, listener := range listeners {
-		port := listener.Addr().(*net.TCPAddr).Port
-		listener.Close() // just before it is taken
-		s, err := server.NewServer(&server.Options{
-			ServerName: fmt.Sprintf("n%d", i), Host: "127.0.0.1", Port: server.RANDOM_PORT, JetStream: true, StoreDir: t.TempDir(), NoSigs: true, NoLog: true,
-			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: port}, Routes: server.RoutesFromStr(strings.Join(routes, ",")),
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.Start()
-		t.Cleanup(func() { s.Shutdown(); s.WaitForShutdown() })
-		servers = append(servers, s)
-	}
-	for _, s := range servers {
-		if !s.ReadyForConnections(patience) {
-			t.Fatal("a server does not start")
-		}
-	}
-	return servers
-}
-
 // In a cluster, the stream changes its leader while events are published, as it does when a server is restarted.
 func TestLeaderChange(t *testing.T) {
 	t.Parallel()
-	servers := cluster(t)
-	var urls []string
-	for _, s := range servers {
-		urls = append(urls, s.ClientURL())
-	}
+	cluster := natstest.NewCluster(t, 3)
 	p := prepare(t, jetstream.Config{
-		Servers: strings.Join(urls, ","), Stream: "EBB", Subject: "ebb.{topic}", Source: "test", CreateStream: true, Replicas: 3, Name: "test",
+		Servers: cluster.URLs(), Stream: "EBB", Subject: "ebb.{topic}", Source: "test", CreateStream: true, Replicas: 3, Exclusive: true, Name: "test",
 	})
 	jetstream.SetAckTimeout(p.sink, 2*time.Second)
 	p.resume()
 	p.run()
-	conn, err := nats.Connect(strings.Join(urls, ","), nats.MaxReconnects(-1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	js, err := natsjs.New(conn)
-	if err != nil {
-		t.Fatal(err)
-	}
-	leaders := map[string]bool{}
+	leaders := map[int]bool{}
 	for range 6 {
 		for range 10 {
 			p.hand(100)
 		}
-		stream, err := js.Stream(t.Context(), "EBB")
-		if err != nil {
-			t.Fatal(err)
-		}
-		leaders[stream.CachedInfo().Cluster.Leader] = true
-		if _, err := conn.Request("$JS.API.STREAM.LEADER.STEPDOWN.EBB", nil, patience); err != nil {
-			t.Fatal(err)
-		}
+		leaders[cluster.StreamLeader(t, "EBB")] = true
+		cluster.StepDown(t, "EBB")
 		for range 10 {
 			p.hand(100)
 		}
@@ -1032,20 +978,13 @@ func TestLeaderChange(t *testing.T) {
 	if err := p.ended(); err != nil {
 		t.Fatal(err)
 	}
-	stream, err := js.Stream(t.Context(), "EBB")
-	if err != nil {
-		t.Fatal(err)
+	messages := cluster.Messages(t, "EBB")
+	if len(messages) != p.handed {
+		t.Fatalf("the stream holds %d messages, want %d", len(messages), p.handed)
 	}
-	if msgs := stream.CachedInfo().State.Msgs; msgs != uint64(p.handed) {
-		t.Errorf("the stream holds %d messages, want %d", msgs, p.handed)
-	}
-	for n := 1; n <= p.handed; n += 97 {
-		m, err := stream.GetMsg(t.Context(), uint64(n))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if position := m.Header.Get("Ebb-Position"); position != fmt.Sprintf("1:0/1:%d", n) {
-			t.Fatalf("sequence %d is %s", n, position)
+	for i, m := range messages {
+		if position := m.Header.Get("Ebb-Position"); position != fmt.Sprintf("1:0/1:%d", i+1) {
+			t.Fatalf("message %d is at %s", i+1, position)
 		}
 	}
 }
