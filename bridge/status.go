@@ -48,8 +48,8 @@ type SlotStatus struct {
 	LagBytes         int64     `json:"lag_bytes"`
 	RetainedWALBytes int64     `json:"retained_wal_bytes"`
 	// Made is how often ebb has made the slot: more than once means that it was lost, the last time because of MadeBecause.
-	Made        int    `json:"made"`
-	MadeBecause string `json:"made_because,omitempty"`
+	Made        int    `json:"-"`
+	MadeBecause string `json:"-"`
 }
 
 // DeliveredStatus is what was last recorded as delivered; Position and At are null before the first event.
@@ -71,6 +71,9 @@ type BacklogStatus struct {
 type RecoveryStatus struct {
 	Since  time.Time `json:"since"`
 	Events int64     `json:"events"`
+	// Because is why the slot was made, for the Times-th time.
+	Because string `json:"because"`
+	Times   int    `json:"times"`
 }
 
 // Healthy reports whether somebody delivers and can.
@@ -107,7 +110,8 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, e
 	if err == nil {
 		s.Slot.Made, s.Slot.MadeBecause = record.MadeTimes, record.MadeBecause
 		if record.Made && !record.Done {
-			s.Recovery = &RecoveryStatus{Since: record.CreatedAt.UTC(), Events: record.Recovered}
+			s.Recovery = &RecoveryStatus{Since: record.CreatedAt.UTC(), Events: record.Recovered, Because: record.MadeBecause,
+				Times: record.MadeTimes}
 		}
 		tick, ok, err := sql.LastTick(ctx, db, record)
 		if err != nil {
