@@ -104,9 +104,6 @@ type carried struct {
 	delivered atomic.Bool
 }
 
-// ErrSetup says that the database is not set up for this bridge.
-var ErrSetup = errors.New("not set up")
-
 // sinkError is what a sink gave up with.
 type sinkError struct{ err error }
 
@@ -116,7 +113,7 @@ func (e *sinkError) Unwrap() error { return e.err }
 // isPermanent reports whether waiting cannot mend err.
 func isPermanent(err error) bool {
 	for _, target := range []error{
-		ErrSetup, sql.ErrNoSchema, sql.ErrPublication, decode.ErrMapping, decode.ErrMalformed, decode.ErrRow,
+		sql.ErrNoRecord, sql.ErrNoSchema, sql.ErrPublication, decode.ErrMapping, decode.ErrMalformed, decode.ErrRow,
 		replication.ErrForeignSlot, replication.ErrWALLevel,
 	} {
 		if errors.Is(err, target) {
@@ -177,9 +174,6 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	err = l.connect(ctx, lock.PgConn().PID())
 	if err == nil {
 		l.record, err = sql.TakeTerm(ctx, db, cfg.Slot)
-		if errors.Is(err, sql.ErrNoRecord) {
-			err = fmt.Errorf("%w: %w; run ebb setup", ErrSetup, err)
-		}
 	}
 	var next step
 	if err == nil {

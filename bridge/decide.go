@@ -18,6 +18,8 @@ var (
 	ErrGap = errors.New("gap in the stream")
 	// ErrOtherSource says that the destination belongs to another source.
 	ErrOtherSource = errors.New("the stream belongs to another source")
+	// ErrMoved says that the slot was made on another cluster.
+	ErrMoved = errors.New("this is another database than the one that was set up")
 	// ErrLost says that the destination holds events that this database does not have: either it has lost them, or it is a copy.
 	ErrLost = errors.New("the stream holds events that this database does not have")
 	// ErrForeign says that the destination holds something else than what was delivered to it.
@@ -178,7 +180,7 @@ func whichHistory(f *facts) (step, bool) {
 			return s, true
 		}
 		if !f.adopt {
-			return halt(fmt.Errorf("%w: %s. If this is the one to go on with, stop the other one and start once with ebb run --adopt", ErrSetup, what)), true
+			return halt(fmt.Errorf("%w: %s. If this is the one to go on with, stop the other one and start once with ebb run --adopt", ErrMoved, what)), true
 		}
 		return f.diverge(what, 0), true
 

@@ -635,3 +635,39 @@ func TestSlotGivenUp(t *testing.T) {
 		}
 	})
 }
+
+// In a shared stream, an event whose id is lower than that of the last recovered row, as it was committed later, is known again as well.
+func TestSharedStreamKnowsLateIDs(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, pgtest.New(t))
+	server := natstest.New(t)
+	// Drawn now, and used behind all others.
+	id := pgtest.Value[int64](t, f.db, "SELECT nextval(pg_get_serial_sequence('ebb.buffer', 'id'))")
+	f.db.Exec(t, "SELECT pg_drop_replication_slot('"+f.slot+"')")
+	f.put(10)
+	r := f.run(f.sharedStream(server)) // recovers them
+	f.streamed(server, 10)
+	f.settle()
+	r.stop()
+	cfg := f.config(f.sharedStream(server))
+	cfg.TickEvery = time.Hour
+	r = f.runWith(cfg)
+	f.db.Exec(t, fmt.Sprintf("INSERT INTO ebb.buffer (id, topic, payload) OVERRIDING SYSTEM VALUE VALUES (%d, 't', '{}')", id))
+	f.streamed(server, 11)
+	r.stop()
+	// The server's window for duplicates must not be what helps.
+	if _, err := server.JetStream(t).UpdateStream(t.Context(), withoutWindow(stream(t, server).CachedInfo().Config)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(200 * time.Millisecond) // until the shortest one is over
+	r = f.run(f.sharedStream(server))
+	f.put(1)
+	f.awaitBacklog(0)
+	r.stop()
+	f.onceInStream(server)
+}
+
+func withoutWindow(cfg natsjs.StreamConfig) natsjs.StreamConfig {
+	cfg.Duplicates = 100 * time.Millisecond
+	return cfg
+}

@@ -84,7 +84,7 @@ func (l *leader) look(ctx context.Context) (*facts, error) {
 	f := &facts{destination: l.Destination, adopt: l.Adopt, acceptGap: l.AcceptGap, doubt: l.carried.doubt, system: l.system}
 	var err error
 	if f.record, err = sql.ReadSlot(ctx, l.db, l.Slot); err != nil {
-		return nil, fmt.Errorf("%w: %w; run ebb setup", ErrSetup, err)
+		return nil, err
 	}
 	if f.record.Term != l.record.Term {
 		return nil, fmt.Errorf("slot %q: %w", l.Slot, sql.ErrSuperseded)

@@ -190,8 +190,8 @@ func (l *leader) addHeld(ctx context.Context, h *holdings, after uint64) error {
 	}
 	return scanner.Scan(ctx, after, func(m sink.Stored) error {
 		id, err := strconv.ParseInt(string(m.ID), 10, 64)
-		if err != nil || id <= l.record.RecoveredID {
-			return nil
+		if err != nil || !l.record.Done && id <= l.record.RecoveredID {
+			return nil // of the others it is known already
 		}
 		if m.Origin == event.Streamed && l.record.Epochs.RuleOut(m.Position) {
 			return nil // of a lost row, whose id another one may have

@@ -13,7 +13,7 @@ import (
 
 var (
 	// ErrNoRecord says that ebb has no record of a slot.
-	ErrNoRecord = errors.New("there is no record of the slot")
+	ErrNoRecord = errors.New("there is no record of the slot; run ebb setup")
 	// ErrNotMade says that a slot is to be made anew.
 	ErrNotMade = errors.New("the slot is to be made anew")
 	// ErrSuperseded says that another bridge has taken the lead, so that this one may record nothing any more.
