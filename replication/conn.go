@@ -204,9 +204,13 @@ func (c *Conn) abandonSlot(name string) error {
 	return c.DropSlot(ctx, name)
 }
 
-// DropSlot drops a slot of this connection's database.
+// DropSlot drops a slot of this connection's database. One that is gone already is no error.
 func (c *Conn) DropSlot(ctx context.Context, name string) error {
-	if err := pglogrepl.DropReplicationSlot(ctx, c.pg, quoteIdent(name), pglogrepl.DropReplicationSlotOptions{}); err != nil {
+	err := pglogrepl.DropReplicationSlot(ctx, c.pg, quoteIdent(name), pglogrepl.DropReplicationSlotOptions{})
+	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && pg.Code == undefinedObject {
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("drop slot %q: %w", name, err)
 	}
 	return nil

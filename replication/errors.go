@@ -15,6 +15,7 @@ const (
 	invalidCatalogName      = "3D000"
 	insufficientPrivilege   = "42501"
 	undefinedObject         = "42704"
+	duplicateObject         = "42710"
 	featureNotSupported     = "0A000"
 	configurationLimit      = "53400"
 	syntaxErrorOrAccessRule = "42"
@@ -29,6 +30,8 @@ func IsPermanent(err error) bool {
 	switch pg.Code {
 	case invalidAuthorization, invalidPassword, invalidCatalogName, featureNotSupported, configurationLimit:
 		return true
+	case duplicateObject:
+		return false // a slot that somebody else makes at the same time is seen when it is looked for again
 	}
 	return strings.HasPrefix(pg.Code, syntaxErrorOrAccessRule)
 }
