@@ -354,7 +354,9 @@ func whichSlot(f *facts) (step, bool) {
 		why = "the slot does not exist"
 	case f.slot.Plugin != replication.Plugin:
 		why = "somebody has made another slot, with plugin " + f.slot.Plugin
-	case f.slot.Invalidated != "":
+	case f.slot.Invalidated == "idle_timeout":
+		why = "the server has invalidated it as nobody used it (idle_replication_slot_timeout)"
+	case f.slot.Invalidated != "" && f.slot.Invalidated != "wal_removed":
 		why = "the server has invalidated it: " + f.slot.Invalidated
 	case f.slot.Lost():
 		why = "the server has removed the log that it needs (max_slot_wal_keep_size)"

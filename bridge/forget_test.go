@@ -588,7 +588,7 @@ func TestSlotGivenUp(t *testing.T) {
 				return pgtest.Value[bool](t, f.db, "SELECT invalidation_reason = 'idle_timeout' IS TRUE FROM pg_replication_slots WHERE slot_name = $1", f.slot),
 					"the slot is not invalidated"
 			})
-		}, "idle_timeout"},
+		}, "idle_replication_slot_timeout"},
 		{"another plugin", 0, func(t *testing.T, _ *pgtest.Server, f *fixture) {
 			f.db.Exec(t, "SELECT pg_drop_replication_slot('"+f.slot+"')", "SELECT pg_create_logical_replication_slot('"+f.slot+"', 'test_decoding')")
 		}, "test_decoding"},
