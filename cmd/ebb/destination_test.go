@@ -1,6 +1,7 @@
 package main
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -61,4 +62,79 @@ func TestOneSlot(t *testing.T) {
 	ebb(t, append(other, "setup")...).fails(t, exitFailed, db.Name, "already")
 	ebb(t, append(other, "teardown", "--yes")...).fails(t, exitFailed, db.Name)
 	s.ebb(t, "teardown", "--yes").must(t)
+}
+
+// A stream that was deleted is filled in again; one whose events are gone from the buffer as well is for an operator to decide on, at the
+// command line, once.
+func TestStreamThatForgot(t *testing.T) {
+	broker, db := natstest.New(t), pgtest.New(t)
+	s := newSite(t, db, broker.URL())
+	s.setup(t)
+	recorded := func() {
+		t.Helper()
+		pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+			return s.statusJSON(t, exitOK)["backlog"].(map[string]any)["events"] == 0.0, "the backlog is not empty"
+		})
+	}
+	forget := func() {
+		t.Helper()
+		if err := broker.JetStream(t).DeleteStream(t.Context(), "EBB"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 5 {
+		s.put(t, i)
+	}
+	bridge := s.streaming(t)
+	recorded()
+	bridge.stop(t)
+	forget()
+	bridge = s.streaming(t)
+	delivered(t, broker, 20*time.Second, 5)
+	recorded()
+	bridge.stop(t)
+	equalIDs(t, "the stream that was filled in again", streamIDs(t, broker), s.ids(t))
+	if text := s.ebb(t, "status"); !strings.Contains(text.stdout, "made 2 times") || !strings.Contains(text.stdout, "forgotten") {
+		t.Errorf("the status does not say why the slot was made anew:\n%s", text.stdout)
+	}
+
+	db.Exec(t, "DELETE FROM ebb.buffer WHERE id = 3")
+	forget()
+	s.ebb(t, "run").fails(t, exitFailed, "gap", "sequence 5", "5 messages", "--accept-gap")
+	bridge, err := launch(t.TempDir(), nil, s.args("run", "--accept-gap")...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(bridge.kill)
+	delivered(t, broker, 20*time.Second, 4)
+	recorded()
+	bridge.stop(t)
+	equalIDs(t, "the stream with a gap", streamIDs(t, broker), s.ids(t))
+}
+
+// A stream of another buffer is gone on with only if somebody says so.
+func TestAdoptedStream(t *testing.T) {
+	broker, db := natstest.New(t), pgtest.New(t)
+	s := newSite(t, db, broker.URL())
+	s.setup(t)
+	s.put(t, 1)
+	bridge := s.streaming(t)
+	delivered(t, broker, 20*time.Second, 1)
+	bridge.stop(t)
+	s.ebb(t, "teardown", "--yes").must(t)
+	s.setup(t)
+	s.put(t, 2) // whose id is that of the one before
+	s.ebb(t, "run").fails(t, exitFailed, "belongs to another source", "--adopt")
+	bridge, err := launch(t.TempDir(), nil, s.args("run", "--adopt")...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(bridge.kill)
+	delivered(t, broker, 20*time.Second, 2)
+	bridge.stop(t)
+	s.put(t, 3)
+	bridge = s.streaming(t) // without being told again
+	delivered(t, broker, 20*time.Second, 3)
+	bridge.stop(t)
+	equalIDs(t, "the adopted stream", streamIDs(t, broker), []string{"1", "1", "2"})
 }
