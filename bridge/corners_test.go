@@ -194,7 +194,7 @@ func TestRecoveryFloor(t *testing.T) {
 	sameSet(t, ids(t, s.all()), f.rows())
 }
 
-// What a commit that waits had put is delivered and never recorded; a restart makes the slot anew because of it.
+// What a commit that waits had put is recorded once it can be seen, and a restart finds nothing to make the slot anew for.
 func TestNeverRecorded(t *testing.T) {
 	t.Parallel()
 	server := pgtest.NewServer(t, postgres.Config{})

@@ -244,21 +244,17 @@ func (l *leader) recoveredSeq(f *facts) uint64 {
 // committed at or behind an LSN or are of another history, and those without a row. Rows that no tick has recorded are never removed by
 // ebb; once somebody else has removed some, that a row is missing says nothing.
 func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts, at event.LSN) ([]lostEvent, error) {
-	kept, err := sql.Reach(ctx, l.db, f.record, f.newest.ID)
-	if err != nil {
-		return nil, err
-	}
 	var lost []lostEvent
 	others := map[int64]lostEvent{}
 	var ids []int64
 	epochs := f.record.Epochs
-	err = scanner.Scan(ctx, f.tick.StreamSeq, func(m sink.Stored) error {
+	err := scanner.Scan(ctx, f.tick.StreamSeq, func(m sink.Stored) error {
 		e := lostEvent{id: string(m.ID), position: m.Position, seq: m.Sequence}
 		if m.Origin == event.Streamed && (m.Position.Epoch == epochs.Last() && m.Position.Commit >= at || epochs.RuleOut(m.Position)) {
 			lost = append(lost, e)
 			return nil
 		}
-		if id, err := strconv.ParseInt(e.id, 10, 64); err == nil && kept {
+		if id, err := strconv.ParseInt(e.id, 10, 64); err == nil && f.reach {
 			others[id] = e
 			ids = append(ids, id)
 		}

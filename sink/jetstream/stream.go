@@ -141,8 +141,11 @@ func (s *Sink) tail(ctx context.Context, last uint64, known sink.Known) (sink.Ta
 		return t, nil
 	}
 	if known.Sequence > 0 && known.Sequence <= last {
-		_, err := s.lastMessage(ctx, known.Sequence)
-		if errors.Is(err, ErrForeign) { // the stream has forgotten, and others have gone on
+		m, err := s.peek(ctx, known.Sequence)
+		if err != nil {
+			return sink.Tail{}, err
+		}
+		if m.kind == foreign { // the stream has forgotten, and others have gone on
 			if err := s.scan(ctx, 0, known.Sequence, func(m message, _ []byte) error {
 				if !m.foreign {
 					t.Position, t.Sequence, t.ID = m.position, m.seq, m.streamedID()
@@ -158,17 +161,14 @@ func (s *Sink) tail(ctx context.Context, last uint64, known sink.Known) (sink.Ta
 			}
 			t.Position, t.Sequence, t.ID = event.Position{}, 0, ""
 		}
-		if err != nil && !isDeleted(err) && !errors.Is(err, ErrForeign) {
-			return sink.Tail{}, err
-		}
 	}
-	m, err := s.lastMessage(ctx, last)
+	m, err := s.peek(ctx, last)
 	switch {
-	case err == nil && !known.Audit && s.cfg.Exclusive:
+	case err != nil:
+		return sink.Tail{}, err
+	case m.kind == ours && !known.Audit && s.cfg.Exclusive:
 		t.Position, t.Sequence, t.ID = m.position, m.seq, m.streamedID()
 		return t, nil
-	case err != nil && !isDeleted(err) && !errors.Is(err, ErrForeign):
-		return sink.Tail{}, err
 	}
 	after := known.Sequence
 	if last < after {
@@ -192,24 +192,12 @@ func (s *Sink) tail(ctx context.Context, last uint64, known sink.Known) (sink.Ta
 	return t, nil
 }
 
-func (s *Sink) lastMessage(ctx context.Context, seq uint64) (message, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	return s.message(ctx, seq)
-}
-
 // streamedID is the id of the event at the message's position, or "".
 func (m message) streamedID() string {
 	if m.origin != event.Streamed {
 		return ""
 	}
 	return m.id
-}
-
-// isDeleted reports whether a message is missing because the stream has deleted it, by its own limits or on request.
-func isDeleted(err error) bool {
-	var api *jetstream.APIError
-	return errors.As(err, &api) && api.ErrorCode == codeNoMessage
 }
 
 // lastStored returns the sequence number of the last message that the stream has not deleted, or 0.
@@ -224,7 +212,7 @@ func (s *Sink) lastStored(ctx context.Context) (uint64, error) {
 	if state.Msgs == 0 {
 		return 0, nil
 	}
-	if _, err := s.get(ctx, state.LastSeq); !isDeleted(err) {
+	if _, err := s.get(ctx, state.LastSeq); !isAPIError(err, codeNoMessage) {
 		return state.LastSeq, err
 	}
 	info, err := stream.Info(ctx, jetstream.WithDeletedDetails(true))
