@@ -91,10 +91,7 @@ func (l *leader) look(ctx context.Context) (*facts, error) {
 	}
 	l.record = f.record
 	f.source = sink.Source{SystemIdentifier: l.system.ID, Database: l.system.Database, Slot: l.Slot, Buffer: f.record.Buffer}
-	publication, err := sql.ReadPublication(ctx, l.db, l.Publication)
-	if err == nil {
-		err = publication.Check()
-	}
+	publication, err := sql.CheckPublication(ctx, l.db, l.Publication)
 	if err != nil {
 		return nil, err
 	}

@@ -101,10 +101,7 @@ func whyMakeSlot(ctx context.Context, db *pgxConn, name string, system replicati
 // the record says that it has to be done again.
 func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Config, system replication.System, term int64,
 	why string) (sql.SlotRecord, error) {
-	publication, err := sql.ReadPublication(ctx, db, cfg.Publication)
-	if err == nil {
-		err = publication.Check()
-	}
+	publication, err := sql.CheckPublication(ctx, db, cfg.Publication)
 	if err != nil {
 		return sql.SlotRecord{}, err
 	}

@@ -39,7 +39,7 @@ func applyPublication(ctx context.Context, tx pgx.Tx, name string) (string, erro
 	if err != nil {
 		return "", err
 	}
-	p, err := ReadPublication(ctx, tx, name)
+	p, err := readPublication(ctx, tx, name)
 	if err != nil {
 		return "", err
 	}
@@ -120,8 +120,8 @@ const publicationJSON = `(SELECT jsonb_build_object('exists', p.oid IS NOT NULL,
 	FROM (SELECT) one LEFT JOIN pg_publication p ON p.pubname = $1
 	LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = to_regclass('ebb.buffer'))`
 
-// ReadPublication returns what the server says of a publication, which may be that it does not exist.
-func ReadPublication(ctx context.Context, db querier, name string) (Publication, error) {
+// readPublication returns what the server says of a publication, which may be that it does not exist.
+func readPublication(ctx context.Context, db querier, name string) (Publication, error) {
 	var p Publication
 	err := db.QueryRow(ctx, "SELECT "+publicationJSON, name).Scan(&p)
 	if err != nil {
@@ -131,14 +131,13 @@ func ReadPublication(ctx context.Context, db querier, name string) (Publication,
 	return p, nil
 }
 
-// CheckPublication returns ErrPublication, with what is wrong and what to do, unless the publication publishes all inserts
-// into the buffer.
-func CheckPublication(ctx context.Context, db querier, name string) error {
-	p, err := ReadPublication(ctx, db, name)
+// CheckPublication returns what the server says of a publication, and ErrPublication as Check does.
+func CheckPublication(ctx context.Context, db querier, name string) (Publication, error) {
+	p, err := readPublication(ctx, db, name)
 	if err != nil {
-		return err
+		return Publication{}, err
 	}
-	return p.Check()
+	return p, p.Check()
 }
 
 // Check returns ErrPublication, with what is wrong and what to do, unless the publication publishes all inserts into the buffer.

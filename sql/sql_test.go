@@ -60,12 +60,12 @@ func TestApplyIsIdempotentAndMends(t *testing.T) {
 		{"ALTER PUBLICATION ebb SET TABLE ebb.buffer WHERE (id > 7)", "row filter"},
 	} {
 		db.Exec(t, damage.sql)
-		err := sql.CheckPublication(t.Context(), conn, "ebb")
+		_, err := sql.CheckPublication(t.Context(), conn, "ebb")
 		if !errors.Is(err, sql.ErrPublication) || !strings.Contains(err.Error(), damage.finding) || !strings.Contains(err.Error(), "run ebb setup") {
 			t.Errorf("after %s: %v", damage.sql, err)
 		}
 		apply(t, db, setup)
-		if err := sql.CheckPublication(t.Context(), conn, "ebb"); err != nil {
+		if _, err := sql.CheckPublication(t.Context(), conn, "ebb"); err != nil {
 			t.Errorf("setup after %s: %v", damage.sql, err)
 		}
 	}
