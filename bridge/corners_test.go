@@ -485,12 +485,7 @@ func TestForgottenAfterAQuietTime(t *testing.T) {
 	f := newFixture(t, pgtest.New(t))
 	server := natstest.New(t)
 	f.put(5)
-	cfg := func() bridge.Config {
-		cfg := f.config(f.stream(server))
-		cfg.TickKeep = 200 * time.Millisecond
-		return cfg
-	}
-	r := f.runWith(cfg())
+	r := f.run(f.stream(server))
 	f.streamed(server, 5)
 	f.settle()
 	r.stop()
@@ -498,14 +493,14 @@ func TestForgottenAfterAQuietTime(t *testing.T) {
 		t.Fatal(err)
 	}
 	restore := backup(t, server)
-	time.Sleep(500 * time.Millisecond) // a quiet night
-	r = f.runWith(cfg())
+	f.db.Exec(t, "UPDATE ebb.tick SET delivered_at = delivered_at - interval '1 day'") // a quiet night
+	r = f.run(f.stream(server))
 	f.put(1)
 	f.streamed(server, 3)
 	f.settle()
 	r.stop()
 	restore()
-	r = f.runWith(cfg())
+	r = f.run(f.stream(server))
 	f.awaitBacklog(0)
 	f.settle()
 	r.stop()
