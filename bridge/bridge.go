@@ -33,6 +33,8 @@ type Config struct {
 	// TickEvery is how often delivery is recorded while events are delivered, and TickKeep for how long the records
 	// are kept.
 	TickEvery, TickKeep time.Duration
+	// Keep is how long delivered rows stay in the buffer; 0: for ever.
+	Keep time.Duration
 
 	// Adopt says that this database is to be gone on with, although the destination belongs to another source or holds events that the
 	// database does not have. AcceptGap says that what the destination has forgotten, and the buffer does not have any more, may be missing.

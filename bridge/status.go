@@ -62,7 +62,7 @@ type DeliveredStatus struct {
 // BacklogStatus is what is not recorded as delivered.
 type BacklogStatus struct {
 	Events int64 `json:"events"`
-	// Estimated says that there are at least that many.
+	// Estimated says that they were not counted.
 	Estimated        bool    `json:"estimated"`
 	OldestAgeSeconds float64 `json:"oldest_age_seconds"`
 }

@@ -101,6 +101,12 @@ func (l *leader) stream(stop, ctx context.Context) error {
 		defer cancel()
 		return l.tick(running)
 	})
+	if l.Keep > 0 {
+		g.Go(func() error {
+			defer cancel()
+			return l.collect(running)
+		})
+	}
 	g.Go(func() error {
 		err := l.read(stop, running, in)
 		close(in)

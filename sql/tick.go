@@ -30,6 +30,8 @@ type Tick struct {
 	// Destination is where they were delivered. Position and StreamSeq mean nothing to another one.
 	Destination string
 	DeliveredAt time.Time
+	// LastID is the highest id of a row that had been given out before the snapshot was read.
+	LastID int64
 }
 
 // Oldest returns the lowest transaction id of those that the snapshot does not see.
@@ -52,9 +54,9 @@ func BeginTick(ctx context.Context, db *pgx.Conn, publication string) (Tick, Pub
 	var block, segment int64
 	var p Publication
 	// A target list is evaluated from left to right.
-	err := db.QueryRow(ctx, `SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text,
+	err := db.QueryRow(ctx, `SELECT (SELECT last_value FROM ebb.buffer_id_seq), pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text,
 		current_setting('wal_block_size')::bigint, pg_size_bytes(current_setting('wal_segment_size')), `+publicationJSON, publication).
-		Scan(&t.Snapshot, &lsn, &block, &segment, &p)
+		Scan(&t.LastID, &t.Snapshot, &lsn, &block, &segment, &p)
 	if err != nil {
 		return Tick{}, Publication{}, fmt.Errorf("begin a tick: %w", err)
 	}
@@ -91,11 +93,11 @@ func StoreTick(ctx context.Context, db *pgx.Conn, r SlotRecord, t Tick, keep tim
 			WHERE t.delivered_at < clock_timestamp() - make_interval(secs => $9) AND t.id IS DISTINCT FROM slot.recovered_after
 		), forgotten AS (
 			DELETE FROM ebb.tick t USING old WHERE t.id = old.id AND t.id < (SELECT max(id) FROM old))
-		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination)
-		SELECT $1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, slot.name, $8, $10 FROM slot
+		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination, last_id)
+		SELECT $1::text::pg_lsn, $2::text::pg_snapshot, $3, $4, $5, $6, slot.name, $8, $10, $12 FROM slot
 		RETURNING xid`,
 		t.LSN.String(), t.Snapshot, t.Position.String(), int64(t.StreamSeq), int32(t.Epoch), t.Events, r.Name, r.SystemIdentifier,
-		keep.Seconds(), t.Destination, r.Term).Scan(&xid)
+		keep.Seconds(), t.Destination, r.Term, t.LastID).Scan(&xid)
 	if err == nil {
 		return xid, nil
 	}

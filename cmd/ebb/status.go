@@ -82,11 +82,11 @@ func printStatus(w io.Writer, s *bridge.Status) error {
 		fmt.Fprintf(t, "delivered\t%d events, the last at position %s, recorded %s\n", s.Delivered.Events, s.Delivered.Position,
 			s.Delivered.At.Format(time.RFC3339))
 	}
-	atLeast := ""
+	about := ""
 	if s.Backlog.Estimated {
-		atLeast = "at least "
+		about = "about "
 	}
-	fmt.Fprintf(t, "backlog\t%s%d events, the oldest %s old\n", atLeast, s.Backlog.Events, seconds(s.Backlog.OldestAgeSeconds))
+	fmt.Fprintf(t, "backlog\t%s%d events, the oldest %s old\n", about, s.Backlog.Events, seconds(s.Backlog.OldestAgeSeconds))
 	if s.Recovery != nil {
 		fmt.Fprintf(t, "recovery\tof rows from before the slot, since %s; %d events so far\n", s.Recovery.Since.Format(time.RFC3339), s.Recovery.Events)
 	}
