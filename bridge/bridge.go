@@ -33,6 +33,7 @@ type Config struct {
 	// TickEvery is how often delivery is recorded while events are delivered, and TickKeep for how long the records
 	// are kept.
 	TickEvery, TickKeep time.Duration
+	Trail               Trail
 	// Keep is how long delivered rows stay in the buffer; 0: for ever.
 	Keep time.Duration
 
@@ -79,6 +80,10 @@ func Run(ctx context.Context, cfg Config) error {
 				cfg.Logger.Warn("stopped in the middle; what is missing follows at the next start", "error", err)
 			}
 			return nil
+		case errors.Is(err, errReplay):
+			cfg.Logger.Info("the stream has ended for a replay", "slot", cfg.Slot)
+			wait.Reset()
+			continue
 		case isPermanent(err), errors.Is(err, decode.ErrPositions) && (!cfg.Adopt || before == mispositioned):
 			return err
 		}
@@ -153,6 +158,9 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	if err := sql.LimitIdle(ctx, lock); err != nil {
 		return err
 	}
+	if err := sql.ListenForReplays(ctx, lock); err != nil {
+		return err
+	}
 	db, err := sql.Connect(ctx, cfg.Postgres, cfg.Slot)
 	if err != nil {
 		return err
@@ -162,9 +170,17 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	// The session that holds the lock and all that happens under it live and die together. It also tells at once when the server shuts
 	// down, which must not wait for us.
 	held := make(chan struct{})
+	var turned atomic.Bool
+	stop, turn := context.WithCancel(stop)
+	defer turn()
 	go func() {
 		defer close(held)
-		cancel(sql.Hold(ctx, lock))
+		cancel(sql.Hold(ctx, lock, func(slot string) {
+			if slot == cfg.Slot {
+				turned.Store(true)
+				turn()
+			}
+		}))
 	}()
 	defer func() {
 		cancel(nil)
@@ -190,6 +206,9 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		return cause // of which err is a consequence
+	}
+	if err == nil && turned.Load() {
+		return errReplay
 	}
 	if errors.Is(err, decode.ErrPositions) {
 		return fmt.Errorf("slot %q against %s: %w. If a table was added to publication %q, take it out. If this database was restored or replaced and "+

@@ -45,6 +45,11 @@ type facts struct {
 	record sql.SlotRecord
 	slot   replication.Slot
 	exists bool // the slot does
+	// trail is the trailing slot; follows says that there is one.
+	trail   replication.Slot
+	follows bool
+	// requested is a replay that waits to be begun, and replayed the one that began the current epoch.
+	requested, replayed *sql.Replay
 
 	// newest is the newest tick, and tick is as well if ticked, which says that it is for this destination; delivered says that there ever
 	// was one for it.
@@ -101,6 +106,10 @@ const (
 	actRewind                 // take back ticks that are no longer true
 	actDistrust               // have the slot made anew, and take back ticks that may be false because of its publication
 	actMake                   // make the slot anew
+	actReset                  // have the slot dropped and copied from the trailing one
+	actCopy                   // do that
+	actReplay                 // begin the epoch of a replay
+	actRefuse                 // say that a replay cannot be
 	actRecover                // deliver the rows from before the slot
 	actHalt                   // give up, with err
 )
@@ -115,7 +124,11 @@ type step struct {
 	// tick is the last one that is kept; slotHolds says that the slot has all that came behind it.
 	tick      int64
 	slotHolds bool
-	skip      decode.Skip
+	// reset says that the trailing slot has it.
+	reset bool
+	// epoch is that of a replay.
+	epoch event.Epoch
+	skip  decode.Skip
 	// last is the last delivered event.
 	last sink.Progress
 	err  error
@@ -126,7 +139,7 @@ func halt(err error) step { return step{action: actHalt, err: err} }
 // decide says what a bridge that has taken the lead does next. It is asked again after every step until it says to stream.
 func decide(f *facts) step {
 	for _, rule := range []func(*facts) (step, bool){
-		whoseStream, whichHistory, whatIsForgotten, whatIsForeign, whichSlot, whatIsLost,
+		whoseStream, whichHistory, whatIsForgotten, whatIsForeign, whatIsReset, whichSlot, whatIsLost,
 	} {
 		if s, ok := rule(f); ok {
 			return s
@@ -134,6 +147,9 @@ func decide(f *facts) step {
 	}
 	if !f.record.Done {
 		return step{action: actRecover}
+	}
+	if f.requested != nil {
+		return f.replay()
 	}
 	return f.stream()
 }
@@ -319,7 +335,12 @@ func whatIsForgotten(f *facts) (step, bool) {
 		f.tail.Holds, f.tail.Position, f.tick.StreamSeq, f.tick.Position, forgotten)
 	s := step{action: actRewind, why: what, tick: f.held.ID}
 	s.slotHolds = f.record.Done && f.usable() && f.holds && f.slot.ConfirmedFlush <= f.held.LSN
-	if !s.slotHolds && !f.reach && !f.acceptGap {
+	// Of a stream that is new, what the trailing slot has is as much as there is.
+	s.reset = !s.slotHolds && f.trails() && (f.holds && f.trail.ConfirmedFlush <= f.held.LSN || f.tail.Last == 0 && !f.reach)
+	if s.reset && !f.holds {
+		s.why += fmt.Sprintf("; the trailing slot begins at %s, and what was delivered before that is not delivered again", f.trail.ConfirmedFlush)
+	}
+	if !s.slotHolds && !s.reset && !f.reach && !f.acceptGap {
 		return halt(fmt.Errorf("%w: %s, and rows that were among them have been removed from the buffer since. Restore the stream from a backup; or go "+
 			"on with what the buffer still has, and without the rest, by starting once with ebb run --accept-gap", ErrGap, what)), true
 	}
@@ -345,6 +366,36 @@ func (f *facts) usable() bool {
 }
 
 const publicationChanged = "its publication was changed, so that it may have passed over rows"
+
+// trails reports whether the slot can be copied from the trailing one, so that it is as it was a while ago.
+func (f *facts) trails() bool {
+	return f.follows && f.record.Made && f.record.Done && !f.trail.Lost() && f.trail.Plugin == replication.Plugin &&
+		f.record.Publication == f.publication
+}
+
+// whatIsReset has a slot copied from the trailing one, if that has been begun.
+func whatIsReset(f *facts) (step, bool) {
+	switch {
+	case !f.record.Reset:
+		return step{}, false
+	case f.trails():
+		return step{action: actCopy, why: f.record.MadeBecause}, true
+	}
+	return step{action: actMake, why: "the trailing slot, from which it was to be copied, is lost"}, true
+}
+
+// replay begins a replay, for which the slot is to be reset.
+func (f *facts) replay() step {
+	r := f.requested
+	switch {
+	case !f.trails():
+		return step{action: actRefuse, why: "there is no trailing slot from which the position could be reset"}
+	case f.trail.ConfirmedFlush > r.From:
+		return step{action: actRefuse, why: fmt.Sprintf("the trailing slot has passed %s and begins at %s now", r.From, f.trail.ConfirmedFlush)}
+	}
+	number := max(f.record.Epochs.Last(), f.tail.Position.Epoch) + 1
+	return step{action: actReplay, epoch: event.Epoch{Number: number, From: r.From, Replay: true}, last: f.stream().last}
+}
 
 // whichSlot has a slot made that is missing, cannot be read any more, or has passed over rows.
 func whichSlot(f *facts) (step, bool) {
@@ -373,6 +424,9 @@ func whichSlot(f *facts) (step, bool) {
 		why = "it begins behind events that no tick has recorded, so that somebody must have made another one or moved it"
 	default:
 		return step{}, false
+	}
+	if f.trails() && f.trail.ConfirmedFlush <= f.newest.LSN {
+		return step{action: actReset, why: why}, true
 	}
 	if !f.reach && f.record.Done && !f.acceptGap {
 		return halt(fmt.Errorf("%w: slot %q is lost (%s), and rows that are not recorded as delivered have been removed from the buffer. To go on "+
@@ -421,6 +475,15 @@ func (f *facts) stream() step {
 		s.skip.Through, s.skip.ID = f.tick.Position, ""
 		s.last = sink.Progress{Position: f.tick.Position, Sequence: f.tick.StreamSeq}
 	}
+	cancelled := f.replayed != nil && f.replayed.State == sql.ReplayCancelled
+	if cancelled {
+		// What was not delivered again by then is not to be.
+		end := event.Position{Epoch: f.replayed.Epoch, Commit: f.replayed.Through.Commit, Index: f.replayed.Through.Index}
+		if s.skip.Through.Compare(end) < 0 {
+			s.skip = decode.Skip{Through: end}
+			return s
+		}
+	}
 	if !f.remembers {
 		return s
 	}
@@ -435,7 +498,7 @@ func (f *facts) stream() step {
 	}
 	commit := s.skip.Through.Commit
 	s.skip.Comes = commit > 0 && commit >= f.slot.ConfirmedFlush && f.record.Epochs.At(commit) == s.skip.Through.Epoch
-	if f.counted() {
+	if f.counted() && !cancelled {
 		s.skip.Counted, s.skip.Since, s.skip.Count = true, f.tick.Position, f.eventsSinceTick()
 	}
 	return s

@@ -29,6 +29,12 @@ func (l *leader) prepare(ctx context.Context) (step, error) {
 		if s.action == actStream {
 			l.sayForeign(f)
 			l.slot, l.before = f.slot, f.newest.Events
+			if l.replay = f.replayed; l.replay != nil && l.replay.State != sql.ReplayRunning {
+				l.replay = nil
+			}
+			if err := l.at("stream"); err != nil {
+				return step{}, err
+			}
 			if err := l.hearWitness(ctx, f); err != nil {
 				return step{}, err
 			}
@@ -55,8 +61,19 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 		l.carried.doubt = noDoubt // of what was before
 		return sql.RaiseEpoch(ctx, l.db, l.record, s.raise)
 	case actRewind:
-		l.Logger.Warn("the stream has forgotten what it acknowledged; delivering it again", "because", s.why, "from_slot", s.slotHolds)
-		return sql.Rewind(ctx, l.db, l.record, s.tick, s.slotHolds, "the stream had forgotten what it acknowledged")
+		l.Logger.Warn("the stream has forgotten what it acknowledged; delivering it again", "because", s.why, "from_slot", s.slotHolds,
+			"from_trailing_slot", s.reset)
+		return sql.Rewind(ctx, l.db, l.record, s.tick, s.slotHolds, s.reset, "the stream had forgotten what it acknowledged")
+	case actReset:
+		l.Logger.Warn("the slot is to be made anew from the trailing one", "slot", l.Slot, "because", s.why)
+		return sql.BeginReset(ctx, l.db, l.record, s.why)
+	case actCopy:
+		return l.copyTrail(ctx, f, s.why)
+	case actReplay:
+		return l.beginReplay(ctx, f, s)
+	case actRefuse:
+		l.Logger.Error("a replay cannot be done", "replay", f.requested.ID, "from", f.requested.From, "because", s.why)
+		return sql.FailReplay(ctx, l.db, f.requested.ID, s.why)
 	case actDistrust:
 		l.Logger.Warn("the slot is to be made anew", "slot", l.Slot, "because", s.why)
 		return sql.RemakeSlot(ctx, l.db, l.record, s.why, true)
@@ -102,6 +119,9 @@ func (l *leader) look(ctx context.Context) (*facts, error) {
 	if f.flushed, err = replication.FlushedTo(ctx, l.db); err != nil {
 		return nil, err
 	}
+	if err := l.lookAtReplays(ctx, f); err != nil {
+		return nil, err
+	}
 	if f.system.Timeline != f.record.Timeline {
 		if f.switches, err = l.conn.History(ctx, f.system.Timeline); err != nil {
 			return nil, err
@@ -143,6 +163,27 @@ func (l *leader) lookAtSlot(ctx context.Context, f *facts) error {
 			return err
 		}
 	}
+}
+
+// lookAtReplays finds out what is to be delivered again, and from what.
+func (l *leader) lookAtReplays(ctx context.Context, f *facts) error {
+	trail, err := replication.InspectSlot(ctx, l.db, replication.TrailOf(l.Slot))
+	if err != nil && !errors.Is(err, replication.ErrNoSlot) {
+		return err
+	}
+	f.trail, f.follows = trail, err == nil && trail.Ours(l.system.Database) == nil
+	last, ok, err := sql.LastReplay(ctx, l.db, l.Slot)
+	if err != nil {
+		return err
+	}
+	if ok && last.State == sql.ReplayRequested {
+		f.requested = &last
+	}
+	replayed, ok, err := sql.ReplayOfEpoch(ctx, l.db, f.record)
+	if ok {
+		f.replayed = &replayed
+	}
+	return err
 }
 
 // lookAtTicks finds the newest tick, if it is of this destination.

@@ -33,7 +33,7 @@ type Status struct {
 	Flow       string        `json:"flow"`
 	// Role is that of the bridge that answers; asked from outside, that of the bridge that leads, if there is one.
 	Role        Role            `json:"role"`
-	Replay      *struct{}       `json:"replay"`
+	Replay      *ReplayStatus   `json:"replay"`
 	DeadLetters int64           `json:"dead_letters"`
 	Recovery    *RecoveryStatus `json:"recovery"`
 }
@@ -76,6 +76,19 @@ type RecoveryStatus struct {
 	Times   int    `json:"times"`
 }
 
+// ReplayStatus is a replay that has not ended.
+type ReplayStatus struct {
+	ID int64 `json:"id"`
+	// State is requested, which waits for a bridge, or running.
+	State sql.ReplayState `json:"state"`
+	From  event.LSN       `json:"from"`
+	// Events is how many there are to deliver again, 0 if they were not counted, and Delivered how many were since it began.
+	Events      int64     `json:"events"`
+	Delivered   int64     `json:"delivered"`
+	RequestedAt time.Time `json:"requested_at"`
+	RequestedBy string    `json:"requested_by"`
+}
+
 // Healthy reports whether somebody delivers and can.
 func (s *Status) Healthy() bool {
 	return s.Role != RoleNone && s.Slot.WALStatus != "missing" && s.Slot.WALStatus != "lost"
@@ -112,6 +125,14 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, e
 		if record.Made && !record.Done {
 			s.Recovery = &RecoveryStatus{Since: record.CreatedAt.UTC(), Events: record.Recovered, Because: record.MadeBecause,
 				Times: record.MadeTimes}
+		}
+		replay, ok, err := sql.LastReplay(ctx, db, slotName)
+		if err != nil {
+			return nil, err
+		}
+		if ok && replay.Active() {
+			s.Replay = &ReplayStatus{ID: replay.ID, State: replay.State, From: replay.From, Events: replay.Events, Delivered: replay.Delivered,
+				RequestedAt: replay.RequestedAt.UTC(), RequestedBy: replay.RequestedBy}
 		}
 		tick, ok, err := sql.LastTick(ctx, db, record)
 		if err != nil {

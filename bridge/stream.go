@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -48,6 +49,9 @@ type leader struct {
 	out     *replication.Stream
 	decoder *decode.Decoder
 	tracker *tracker
+	// replay, unless nil, is what is being delivered again; replayed counts what was delivered since that was last stored.
+	replay   *sql.Replay
+	replayed atomic.Int64
 	// witness, unless nil, sees what comes by, because the slot may not be the one that ebb has made.
 	witness *witness
 	// skipped is how many of the events that the sink has already were left out so far.
@@ -72,6 +76,9 @@ func (l *leader) start(ctx context.Context, s step) error {
 	l.Logger.Info("streaming", "slot", l.Slot, "from", l.slot.ConfirmedFlush, "delivered", s.last.Position)
 	l.from = s.last
 	cfg := decode.Config{Epochs: l.record.Epochs, Skip: s.skip}
+	if l.replay != nil {
+		cfg.Replay = decode.Replay{Number: l.replay.ID, Epoch: l.replay.Epoch, Through: l.replay.Through}
+	}
 	if l.witness != nil {
 		cfg.Seen = l.witness.see
 	}
@@ -107,6 +114,10 @@ func (l *leader) stream(stop, ctx context.Context) error {
 			return l.collect(running)
 		})
 	}
+	g.Go(func() error {
+		l.trail(running)
+		return nil
+	})
 	g.Go(func() error {
 		err := l.read(stop, running, in)
 		close(in)
@@ -197,6 +208,7 @@ func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.
 // delivered is called by the sink.
 func (l *leader) delivered(p sink.Progress) {
 	l.carried.delivered.Store(true)
+	l.replayed.Add(int64(p.Events))
 	confirmed := l.tracker.deliver(p)
 	l.out.Confirm(confirmed.write, confirmed.flush)
 }

@@ -44,13 +44,16 @@ func (l *leader) tick(ctx context.Context) error {
 		if err := l.checkPublication(ctx, publication); err != nil {
 			return ignoreEnd(ctx, err)
 		}
+		if err := l.recordReplay(ctx, false); err != nil {
+			return ignoreEnd(ctx, err)
+		}
 		if waited++; !due || waited < pause {
 			continue
 		}
 		waited = 0
-		now, ok := l.awaitDelivered(ctx, tick.LSN)
-		if !ok {
-			return nil
+		now, err := l.awaitDelivered(ctx, tick.LSN)
+		if err != nil {
+			return ignoreEnd(ctx, err)
 		}
 		if err := l.checkWitness(ctx, tick); err != nil {
 			return ignoreEnd(ctx, err)
@@ -59,6 +62,9 @@ func (l *leader) tick(ctx context.Context) error {
 		tick.Destination, tick.Epoch = l.Destination, l.record.Epochs.Last()
 		xid, err := sql.StoreTick(ctx, l.db, l.record, tick, l.TickKeep)
 		if err != nil {
+			return ignoreEnd(ctx, err)
+		}
+		if err := l.recordReplay(ctx, true); err != nil {
 			return ignoreEnd(ctx, err)
 		}
 		confirmed := l.tracker.cover(tick.LSN)
@@ -119,18 +125,26 @@ func (l *leader) checkWitness(ctx context.Context, tick sql.Tick) error {
 	return nil
 }
 
-// awaitDelivered waits until everything before lsn is delivered.
-func (l *leader) awaitDelivered(ctx context.Context, lsn event.LSN) (snapshot, bool) {
+// awaitDelivered waits until everything before lsn is delivered, or ctx ends.
+func (l *leader) awaitDelivered(ctx context.Context, lsn event.LSN) (snapshot, error) {
 	poll := time.NewTicker(caughtUpPoll)
 	defer poll.Stop()
+	said := time.Now()
 	for {
 		if now := l.tracker.snapshot(); now.write >= lsn {
-			return now, true
+			return now, nil
 		}
 		select {
 		case <-poll.C:
 		case <-ctx.Done():
-			return snapshot{}, false
+			return snapshot{}, ctx.Err()
+		}
+		if time.Since(said) < l.TickEvery {
+			continue
+		}
+		said = time.Now()
+		if err := l.recordReplay(ctx, false); err != nil {
+			return snapshot{}, err
 		}
 	}
 }

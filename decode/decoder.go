@@ -25,6 +25,8 @@ type Config struct {
 	Buffers []Buffer
 	// Skip is what the destination holds already.
 	Skip Skip
+	// Replay says which events are delivered again.
+	Replay Replay
 	// Seen, unless nil, is called with the id of every row that comes by, left out or not. The slice is valid during the call.
 	Seen func(id []byte)
 }
@@ -48,6 +50,25 @@ type Skip struct {
 	Count   uint64
 }
 
+// Replay says which events of an epoch are delivered again: those up to a place, whatever epoch it is given in. Number is what they carry.
+type Replay struct {
+	Number  int64
+	Epoch   uint32
+	Through event.Position
+}
+
+// number returns what the event at a position carries.
+func (r *Replay) number(at event.Position) int64 {
+	if r.Number == 0 || at.Epoch != r.Epoch {
+		return 0
+	}
+	at.Epoch = r.Through.Epoch
+	if at.Compare(r.Through) > 0 {
+		return 0
+	}
+	return r.Number
+}
+
 // Skipped counts messages that gave no event, by the reason for it. The counts only ever rise.
 type Skipped struct {
 	// Delivered counts events that the destination holds already.
@@ -67,8 +88,9 @@ type Decoder struct {
 	buffers []Buffer
 	skipped Skipped
 
-	skip Skip
-	see  func(id []byte)
+	skip   Skip
+	replay Replay
+	see    func(id []byte)
 	// seen says that the event at skip.Through has come by, counted how many events came by between skip.Since and it, and more how
 	// many were left out behind it, the last one at last.
 	seen, passed  bool
@@ -87,7 +109,7 @@ type Decoder struct {
 
 // New returns a Decoder that stands before the first message of a connection.
 func New(cfg Config) *Decoder {
-	d := &Decoder{epochs: cfg.Epochs, buffers: append([]Buffer(nil), cfg.Buffers...), skip: cfg.Skip, see: cfg.Seen}
+	d := &Decoder{epochs: cfg.Epochs, buffers: append([]Buffer(nil), cfg.Buffers...), skip: cfg.Skip, replay: cfg.Replay, see: cfg.Seen}
 	if len(d.buffers) == 0 {
 		d.buffers = []Buffer{Managed()}
 	}
@@ -259,7 +281,11 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 		Payload: m.column(t.payload), Headers: m.column(t.headers),
 		Time: d.time, Position: d.position,
 	}
-	return t.buffer.append(batch, &row, t.contentType, event.Streamed)
+	if err := t.buffer.append(batch, &row, t.contentType, event.Streamed); err != nil {
+		return err
+	}
+	batch.Events[len(batch.Events)-1].Replay = d.replay.number(d.position)
+	return nil
 }
 
 // leaveOut reports whether the destination holds the event of the row at hand already. It compares what comes by with what the

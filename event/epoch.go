@@ -5,6 +5,8 @@ type Epoch struct {
 	Number uint32
 	// From is the LSN from which on transactions, by the LSN of their commit record, belong to this epoch and not to one before it.
 	From LSN
+	// Replay says that the same transactions are delivered again in it that there were in the epochs before.
+	Replay bool
 }
 
 // Epochs are the epochs of a source, in order of their numbers.
@@ -20,12 +22,23 @@ func (e Epochs) At(commit LSN) uint32 {
 	return 0
 }
 
+// FirstAt returns the number of the epoch in which a transaction was first delivered: that of [Epochs.At], replays left out. An id that is made of
+// a position has it, so that it is the same in every delivery.
+func (e Epochs) FirstAt(commit LSN) uint32 {
+	for i := len(e) - 1; i >= 0; i-- {
+		if e[i].From <= commit && !e[i].Replay {
+			return e[i].Number
+		}
+	}
+	return 0
+}
+
 // RuleOut reports whether no transaction of this history can have a position, as a later epoch had begun when it committed. It is of
 // another history then, which parted from this one: a primary goes on that has lost it.
 func (e Epochs) RuleOut(p Position) bool {
 	for _, later := range e {
 		switch {
-		case later.Number <= p.Epoch:
+		case later.Number <= p.Epoch, later.Replay:
 		case later.From == 0:
 			return false // LSNs from before it and after it cannot be compared
 		case later.From <= p.Commit:

@@ -39,6 +39,8 @@ type Event struct {
 	Time time.Time
 	// Origin says whether the event came by another way than the slot.
 	Origin Origin
+	// Replay is the number of the replay in which the event is delivered again, or 0.
+	Replay int64
 }
 
 // Size returns the number of bytes that the event's content takes, for limits on what is in flight.

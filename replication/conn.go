@@ -150,13 +150,9 @@ type NewSlot struct {
 // The server waits for every transaction that is writing now to end; ctx bounds that.
 func (c *Conn) CreateSlot(ctx context.Context, name string) (_ NewSlot, err error) {
 	create := pglogrepl.CreateReplicationSlotOptions{SnapshotAction: "USE_SNAPSHOT", Mode: pglogrepl.LogicalReplication}
-	version, err := c.exec(ctx, "SELECT current_setting('server_version_num')::int / 10000")
+	major, err := c.major(ctx)
 	if err != nil {
-		return NewSlot{}, fmt.Errorf("create slot %q: read the server's version: %w", name, err)
-	}
-	major, err := strconv.Atoi(version)
-	if err != nil {
-		return NewSlot{}, fmt.Errorf("create slot %q: read the server's version: %w", name, err)
+		return NewSlot{}, fmt.Errorf("create slot %q: %w", name, err)
 	}
 	// Newer minor releases want the transaction to be read-only, so that nothing can be recorded in it.
 	if _, err := c.exec(ctx, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"); err != nil {
@@ -189,6 +185,19 @@ func (c *Conn) CreateSlot(ctx context.Context, name string) (_ NewSlot, err erro
 		return NewSlot{}, fmt.Errorf("create slot %q: read its snapshot: %w", name, err)
 	}
 	return slot, nil
+}
+
+// major returns the server's major version.
+func (c *Conn) major(ctx context.Context) (int, error) {
+	version, err := c.exec(ctx, "SELECT current_setting('server_version_num')::int / 10000")
+	if err != nil {
+		return 0, fmt.Errorf("read the server's version: %w", err)
+	}
+	major, err := strconv.Atoi(version)
+	if err != nil {
+		return 0, fmt.Errorf("read the server's version: %w", err)
+	}
+	return major, nil
 }
 
 // abandonSlot drops a slot that was just created, on this connection if it still works.

@@ -37,7 +37,9 @@ type Slot struct {
 	// Invalidated is why the server has given the slot up, or "". Before Postgres 17 it does not tell; WALStatus does.
 	Invalidated string
 	// Synced says that the server, when it was a standby, has copied the slot from its primary.
-	Synced         bool
+	Synced bool
+	// Failover says that standbys which synchronize slots have it too; true of servers before Postgres 17, where none can.
+	Failover       bool
 	ConfirmedFlush event.LSN
 	Restart        event.LSN
 	// Current is how far the server has written its log at the moment of asking.
@@ -99,11 +101,12 @@ func InspectSlot(ctx context.Context, db *pgx.Conn, name string) (Slot, error) {
 		SELECT coalesce(s.plugin, ''), coalesce(s.database, ''), s.active, coalesce(s.active_pid, 0), coalesce(a.application_name, ''),
 		       coalesce(s.wal_status, ''), coalesce(s.confirmed_flush_lsn, '0/0')::text, coalesce(s.restart_lsn, '0/0')::text,
 		       (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END)::text,
-		       coalesce(to_jsonb(s)->>'invalidation_reason', ''), coalesce((to_jsonb(s)->>'synced')::boolean, false)
+		       coalesce(to_jsonb(s)->>'invalidation_reason', ''), coalesce((to_jsonb(s)->>'synced')::boolean, false),
+		       coalesce((to_jsonb(s)->>'failover')::boolean, true)
 		FROM pg_replication_slots s LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid
 		WHERE s.slot_name = $1`, name).
 		Scan(&s.Plugin, &s.Database, &s.Active, &s.ActivePID, &s.ActiveName, &s.WALStatus, &confirmed, &restart, &current,
-			&s.Invalidated, &s.Synced)
+			&s.Invalidated, &s.Synced, &s.Failover)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return Slot{}, fmt.Errorf("slot %q: %w", name, ErrNoSlot)
 	}

@@ -65,16 +65,20 @@ func SharesServer(ctx context.Context, db *pgx.Conn, pid uint32) (bool, error) {
 }
 
 // Hold keeps the session that holds the leader's lock alive, until ctx ends or the session does, which is an error. It notices at once
-// when the server ends the session, as it does when it shuts down.
-func Hold(ctx context.Context, db *pgx.Conn) error {
+// when the server ends the session, as it does when it shuts down. It calls notified with the payload of each notification.
+func Hold(ctx context.Context, db *pgx.Conn, notified func(payload string)) error {
 	for {
 		listening, cancel := context.WithTimeout(ctx, pingEvery)
-		_, err := db.WaitForNotification(listening)
+		n, err := db.WaitForNotification(listening)
 		cancel()
+		if err == nil {
+			notified(n.Payload)
+			continue
+		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if err != nil && !errors.Is(err, context.DeadlineExceeded) && !pgconn.Timeout(err) || db.IsClosed() {
+		if !errors.Is(err, context.DeadlineExceeded) && !pgconn.Timeout(err) || db.IsClosed() {
 			return fmt.Errorf("hold the leader's lock: %w", err)
 		}
 		asking, cancel := context.WithTimeout(ctx, pingTimeout)

@@ -55,6 +55,8 @@ type SlotRecord struct {
 	Destination string
 	// Diverged says that the destination may hold events of the same ids that this database never had.
 	Diverged bool
+	// Reset says that the slot is to be dropped and copied from the trailing one, as the position is to go back.
+	Reset bool
 	// Adopted names the source, other than this one, whose stream is gone on with, or "".
 	Adopted string
 }
@@ -88,7 +90,7 @@ func PrepareSlot(ctx context.Context, db *pgx.Conn, name, systemIdentifier strin
 				diverged = s.diverged OR s.system_identifier <> excluded.system_identifier,
 				adopted = CASE WHEN s.system_identifier = excluded.system_identifier THEN s.adopted END, -- it came with a copy
 				system_identifier = excluded.system_identifier, publication = excluded.publication, made_because = excluded.made_because,
-				term = s.term + 1, snapshot = NULL, consistent_point = NULL, recovered_at = NULL
+				term = s.term + 1, snapshot = NULL, consistent_point = NULL, recovered_at = NULL, reset = false
 			WHERE s.term = $6`,
 			name, systemIdentifier, timeline, publication, because, term)
 		if err != nil {
@@ -151,15 +153,17 @@ func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error
 	var seq int64
 	var numbers []int32
 	var from []string
+	var replays []bool
 	err := db.QueryRow(ctx, `SELECT (SELECT id::text FROM ebb.identity), system_identifier, timeline, term, coalesce(publication, ''),
 			coalesce(recovered_after, 0), coalesce(recovered_id, 0), coalesce(recovered_seq, 0), recovered_events,
 			snapshot IS NOT NULL, recovered_at IS NOT NULL, made, coalesce(made_because, ''), created_at,
-			coalesce(destination, ''), diverged, coalesce(adopted, ''),
+			coalesce(destination, ''), diverged, coalesce(adopted, ''), reset,
+			ARRAY(SELECT replay IS NOT NULL FROM ebb.epoch WHERE slot = s.name ORDER BY epoch),
 			ARRAY(SELECT epoch FROM ebb.epoch WHERE slot = s.name ORDER BY epoch),
 			ARRAY(SELECT from_lsn::text FROM ebb.epoch WHERE slot = s.name ORDER BY epoch)
 		FROM ebb.slot s WHERE name = $1`, name).
 		Scan(&r.Buffer, &r.SystemIdentifier, &r.Timeline, &r.Term, &r.Publication, &r.RecoveredAfter, &r.RecoveredID, &seq, &r.Recovered,
-			&r.Made, &r.Done, &r.MadeTimes, &r.MadeBecause, &r.CreatedAt, &r.Destination, &r.Diverged, &r.Adopted, &numbers, &from)
+			&r.Made, &r.Done, &r.MadeTimes, &r.MadeBecause, &r.CreatedAt, &r.Destination, &r.Diverged, &r.Adopted, &r.Reset, &replays, &numbers, &from)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return SlotRecord{}, fmt.Errorf("slot %q: %w", name, ErrNoRecord)
 	}
@@ -172,7 +176,7 @@ func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error
 		if err != nil {
 			return SlotRecord{}, fmt.Errorf("read the epochs of slot %q: %w", name, err)
 		}
-		r.Epochs = append(r.Epochs, event.Epoch{Number: uint32(n), From: lsn})
+		r.Epochs = append(r.Epochs, event.Epoch{Number: uint32(n), From: lsn, Replay: replays[i]})
 	}
 	if len(r.Epochs) == 0 {
 		return SlotRecord{}, fmt.Errorf("read the epochs of slot %q: there are none in ebb.epoch; run ebb setup", name)
@@ -208,20 +212,21 @@ func RaiseEpoch(ctx context.Context, db *pgx.Conn, r SlotRecord, to Raise) error
 }
 
 // Rewind takes back the ticks behind one, 0 for all of them, because the destination has forgotten what they recorded. Unless the
-// slot still holds all of that, it is to be made anew; of one whose recovery is not done, the recovery begins anew.
-func Rewind(ctx context.Context, db *pgx.Conn, r SlotRecord, tick int64, slotHolds bool, because string) error {
+// slot still holds all of that, or is to be reset, as the trailing slot does, it is to be made anew; of one whose recovery is not done, the
+// recovery begins anew.
+func Rewind(ctx context.Context, db *pgx.Conn, r SlotRecord, tick int64, slotHolds, reset bool, because string) error {
 	return update(ctx, db, r, fmt.Sprintf("take back the ticks behind %d", tick), `WITH slot AS (
 			UPDATE ebb.slot SET
 				snapshot = CASE WHEN $4 OR recovered_at IS NULL THEN snapshot END,
 				consistent_point = CASE WHEN $4 OR recovered_at IS NULL THEN consistent_point END,
 				recovered_at = CASE WHEN $4 THEN recovered_at END,
 				recovered_after = CASE WHEN recovered_at IS NULL THEN nullif($3, 0) ELSE recovered_after END,
-				recovered_id = NULL, recovered_seq = NULL,
-				made_because = CASE WHEN $4 OR recovered_at IS NULL THEN made_because ELSE $5 END
+				recovered_id = NULL, recovered_seq = NULL, reset = reset OR $6,
+				made_because = CASE WHEN $6 OR NOT $4 AND recovered_at IS NOT NULL THEN $5 ELSE made_because END
 			WHERE name = $1 AND term = $2 RETURNING name
 		), taken AS (
 			DELETE FROM ebb.tick t USING slot WHERE t.slot = slot.name AND t.id > $3)
-		SELECT FROM slot`, tick, slotHolds, because)
+		SELECT FROM slot`, tick, slotHolds || reset, because, reset)
 }
 
 // RemakeSlot stores that a slot is to be made anew. If its publication was changed, ticks that may be false because of that are taken back.

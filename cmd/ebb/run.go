@@ -92,6 +92,7 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger, flags runFla
 		TickEvery:   cfg.Recorded.Every,
 		TickKeep:    max(cfg.Recorded.Keep, cfg.Replay.Window, time.Minute),
 		Keep:        cfg.Recorded.Keep,
+		Trail:       trailOf(cfg),
 		Adopt:       flags.adopt,
 		AcceptGap:   flags.acceptGap,
 		OnRole:      func(r bridge.Role) { role.Store(r) },
@@ -100,6 +101,10 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger, flags runFla
 		log.Info("stopped")
 	}
 	return err
+}
+
+func trailOf(cfg *config.Config) bridge.Trail {
+	return bridge.Trail{Window: cfg.Replay.Window, MaxWAL: int64(cfg.Replay.MaxWAL)}
 }
 
 // destinationOf names where the configured sink delivers, without secrets. Another server of the same cluster is the same

@@ -87,9 +87,16 @@ func setup(ctx context.Context, w io.Writer, cfg *config.Config, log *slog.Logge
 	if err != nil {
 		return err
 	}
-	made, err := bridge.EnsureSlot(ctx, db, bridge.Config{Postgres: cfg.Postgres, Slot: cfg.Slot, Publication: cfg.Publication, Logger: log})
+	slots := bridge.Config{Postgres: cfg.Postgres, Slot: cfg.Slot, Publication: cfg.Publication, Trail: trailOf(cfg), Logger: log}
+	made, err := bridge.EnsureSlot(ctx, db, slots)
 	if made {
 		done = append(done, "created slot "+cfg.Slot)
+	}
+	if err == nil {
+		var did string
+		if did, err = bridge.EnsureTrail(ctx, db, slots); did != "" {
+			done = append(done, did)
+		}
 	}
 	for _, line := range done {
 		fmt.Fprintln(w, line)

@@ -91,18 +91,20 @@ func teardown(ctx context.Context, w io.Writer, cfg *config.Config, confirm func
 		return err
 	}
 
-	slot, err := replication.InspectSlot(ctx, db, cfg.Slot)
-	switch {
-	case errors.Is(err, replication.ErrNoSlot):
-	case err != nil:
-		return err
-	case slot.Usable(database) != nil:
-		fmt.Fprintf(w, "kept slot %s: %v\n", cfg.Slot, slot.Usable(database))
-	default:
-		if err := replication.DropSlot(ctx, db, cfg.Slot); err != nil {
+	for _, name := range []string{cfg.Slot, replication.TrailOf(cfg.Slot)} {
+		slot, err := replication.InspectSlot(ctx, db, name)
+		switch {
+		case errors.Is(err, replication.ErrNoSlot):
+		case err != nil:
 			return err
+		case slot.Usable(database) != nil:
+			fmt.Fprintf(w, "kept slot %s: %v\n", name, slot.Usable(database))
+		default:
+			if err := replication.DropSlot(ctx, db, name); err != nil {
+				return err
+			}
+			fmt.Fprintln(w, "dropped slot", name)
 		}
-		fmt.Fprintln(w, "dropped slot", cfg.Slot)
 	}
 	done, err := sql.Drop(ctx, db, cfg.Publication)
 	for _, line := range done {

@@ -428,11 +428,8 @@ func (c *Config) checkRest() *problem {
 	if c.Replay.Window < 0 {
 		return is("replay.window", c.Replay.Window, "below zero")
 	}
-	if c.Replay.Window != d.Replay.Window && c.Replay.Window != 0 {
-		return notYet("replay.window", c.Replay.Window, "1h or 0")
-	}
-	if c.Replay.MaxWAL != d.Replay.MaxWAL {
-		return notYet("replay.max_wal", c.Replay.MaxWAL, d.Replay.MaxWAL.String())
+	if c.Replay.MaxWAL <= 0 {
+		return is("replay.max_wal", c.Replay.MaxWAL, "not above zero")
 	}
 	if c.Flow.Warn != d.Flow.Warn {
 		return notYet("flow.warn", c.Flow.Warn, d.Flow.Warn.String())

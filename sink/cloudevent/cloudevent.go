@@ -4,6 +4,7 @@ package cloudevent
 import (
 	"errors"
 	"fmt"
+	"strconv"
 	"unicode/utf8"
 
 	"ebb/event"
@@ -13,6 +14,7 @@ import (
 const (
 	HeaderPosition = "Ebb-Position"
 	HeaderOrigin   = "Ebb-Origin"
+	HeaderReplay   = "Ebb-Replay"
 )
 
 // MediaType is the content type of [Envelope.AppendJSON].
@@ -36,7 +38,7 @@ var specVersion = []byte("1.0")
 
 // Headers calls emit for every header of e in binary mode, in order: ce-specversion, ce-id, ce-source, ce-type (the topic),
 // ce-subject (the key, unless it is nil), ce-time (unless it is zero), content-type (when known), the producer's own headers,
-// Ebb-Position, and Ebb-Origin unless the event was streamed. The body is e.Payload.
+// Ebb-Position, Ebb-Origin unless the event was streamed, and Ebb-Replay if it is delivered again. The body is e.Payload.
 //
 // The values of ce-* are percent-encoded as §3.1.3.2 of the CloudEvents HTTP protocol binding 1.0 says; [AppendDecoded]
 // undoes it. Those of the producer are passed on as they are, except that control bytes, bytes outside ASCII, and a space at
@@ -71,7 +73,7 @@ func (c Envelope) Headers(e *event.Event, buf []byte, emit func(name string, val
 }
 
 // RawHeaders is [Envelope.Headers] without any ce-*: content-type (when known), the producer's own headers, Ebb-Position, and
-// Ebb-Origin unless the event was streamed.
+// Ebb-Origin unless the event was streamed, and Ebb-Replay if it is delivered again.
 func RawHeaders(e *event.Event, buf []byte, emit func(name string, value []byte)) ([]byte, error) {
 	contentType, err := checkHeaders(e)
 	if err != nil {
@@ -98,6 +100,10 @@ func emitRest(e *event.Event, contentType string, buf []byte, emit func(name str
 	if e.Origin != event.Streamed {
 		buf = append(buf[:0], e.Origin...)
 		emit(HeaderOrigin, buf)
+	}
+	if e.Replay != 0 {
+		buf = strconv.AppendInt(buf[:0], e.Replay, 10)
+		emit(HeaderReplay, buf)
 	}
 	return buf
 }

@@ -58,6 +58,10 @@ func (c Envelope) AppendJSON(dst []byte, e *event.Event) ([]byte, error) {
 		b = append(b, `,"ebborigin":`...)
 		b = appendString(b, e.Origin)
 	}
+	if e.Replay != 0 {
+		b = append(b, `,"ebbreplay":`...)
+		b = strconv.AppendInt(b, e.Replay, 10)
+	}
 	b = appendExtensions(b, e.Headers)
 	b, err = appendData(b, contentType, e.Payload)
 	if err != nil {

@@ -1,0 +1,181 @@
+package bridge
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"ebb/event"
+	"ebb/internal/quiet"
+	"ebb/internal/sleep"
+	"ebb/replication"
+	"ebb/sql"
+)
+
+// Trail says how far the trailing slot stays behind, so that delivery can be reset to there.
+type Trail struct {
+	// Window is how far it stays behind in time; 0 means that there is none.
+	Window time.Duration
+	// MaxWAL is how far it stays behind at most, in bytes of the log.
+	MaxWAL int64
+}
+
+const (
+	// The server reads much of the log to advance a slot. So that is done once in advanceEvery, and, so that MaxWAL is kept to, whenever
+	// there is advanceBytes more of the log. Both are smaller where a smaller window makes that necessary.
+	advanceEvery = time.Minute
+	advanceBytes = 256 << 20
+	// trailPoll is how often it is looked whether that is due.
+	trailPoll, minTrailPoll = 5 * time.Second, 50 * time.Millisecond
+	// trailSteps is into how many steps a window is divided, at least.
+	trailSteps = 8
+)
+
+// EnsureTrail makes the trailing slot, unless it is there, or drops it if there is to be none. It returns what it did, or "".
+func EnsureTrail(ctx context.Context, db *pgxConn, cfg Config) (string, error) {
+	name := replication.TrailOf(cfg.Slot)
+	slot, err := replication.InspectSlot(ctx, db, name)
+	exists := err == nil
+	if err != nil && !errors.Is(err, replication.ErrNoSlot) {
+		return "", err
+	}
+	did := "created slot " + name
+	if exists {
+		if err := slot.Ours(db.Config().Database); err != nil {
+			return "", err
+		}
+		switch {
+		case cfg.Trail.Window == 0:
+			return "dropped slot " + name, replication.DropSlot(ctx, db, name)
+		case !slot.Lost() && slot.Plugin == replication.Plugin && slot.Failover:
+			return "", nil
+		case !slot.Lost() && slot.Plugin == replication.Plugin:
+			return "", setFailover(ctx, &cfg, name) // whoever made it was killed before that
+		}
+		if err := replication.DropSlot(ctx, db, name); err != nil {
+			return "", err
+		}
+		did = "made slot " + name + " anew, which the server had invalidated"
+	}
+	if cfg.Trail.Window == 0 {
+		return "", nil
+	}
+	if err := replication.CopySlot(ctx, db, cfg.Slot, name); err != nil {
+		if _, there := replication.InspectSlot(ctx, db, name); there == nil {
+			return "", nil // another one was faster: setup and a bridge both make it
+		}
+		return "", err
+	}
+	return did, setFailover(ctx, &cfg, name)
+}
+
+// setFailover gives a copy of a slot what the copying leaves out.
+func setFailover(ctx context.Context, cfg *Config, name string) error {
+	conn, err := replication.Connect(ctx, cfg.Postgres, cfg.Slot)
+	if err != nil {
+		return err
+	}
+	return errors.Join(conn.SetFailover(ctx, name), conn.Close())
+}
+
+// trail keeps the trailing slot as far behind as it is to be, while this bridge leads. Delivery does not depend on that it succeeds.
+func (l *leader) trail(ctx context.Context) {
+	attempts := quiet.New(l.Logger)
+	t := &trailing{leader: l}
+	defer t.close()
+	for {
+		err := t.round(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			t.close() // a session that works is better than one that may
+			attempts.Failed("the trailing slot is not kept up, so that delivery may not be reset as far as it should", err,
+				"slot", replication.TrailOf(l.Slot))
+		case l.Trail.Window == 0:
+			return
+		default:
+			attempts.Succeeded("the trailing slot is kept up again")
+		}
+		if sleep.For(ctx, max(min(trailPoll, l.Trail.Window/trailSteps), minTrailPoll)) != nil {
+			return
+		}
+	}
+}
+
+// trailing is what is remembered between two rounds.
+type trailing struct {
+	*leader
+	// db is a session of its own, as advancing a slot takes its time; nil when there is none.
+	db *pgxConn
+	// advanced is when the slot was advanced last, and at which end of the log.
+	advanced time.Time
+	at       event.LSN
+	// passed are places that the slot itself had confirmed at past times. In a quiet buffer, where there are no ticks, it is by them that
+	// the trailing slot follows what others write to the log.
+	passed []passed
+}
+
+func (t *trailing) close() {
+	if t.db != nil {
+		closeQuietly(t.db)
+		t.db = nil
+	}
+}
+
+type passed struct {
+	time time.Time
+	lsn  event.LSN
+}
+
+func (t *trailing) round(ctx context.Context) (err error) {
+	if t.db == nil {
+		if t.db, err = sql.Connect(ctx, t.Postgres, t.Slot); err != nil {
+			t.db = nil
+			return err
+		}
+	}
+	db := t.db
+	did, err := EnsureTrail(ctx, db, t.Config)
+	if did != "" {
+		t.Logger.Warn(did + "; delivery can be reset to this moment at the earliest")
+	}
+	if err != nil || t.Trail.Window == 0 {
+		return err
+	}
+	slot, err := replication.InspectSlot(ctx, db, t.Slot)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	step := min(t.Trail.Window/trailSteps, advanceEvery)
+	if n := len(t.passed); n == 0 || now.Sub(t.passed[n-1].time) >= step {
+		t.passed = append(t.passed, passed{now, slot.ConfirmedFlush})
+	}
+	if now.Sub(t.advanced) < step && int64(slot.Current-t.at) < min(advanceBytes, t.Trail.MaxWAL/trailSteps) {
+		return nil
+	}
+	target, err := sql.DeliveredBefore(ctx, db, t.record, t.Trail.Window)
+	if err != nil {
+		return err
+	}
+	for len(t.passed) > 0 && now.Sub(t.passed[0].time) > t.Trail.Window {
+		target = max(target, t.passed[0].lsn)
+		t.passed = t.passed[1:]
+	}
+	if oldest := int64(slot.Current) - t.Trail.MaxWAL; oldest > 0 {
+		target = max(target, event.LSN(oldest))
+	}
+	target = min(target, slot.ConfirmedFlush)
+	trail, err := replication.InspectSlot(ctx, db, replication.TrailOf(t.Slot))
+	if err != nil {
+		return err
+	}
+	if target > trail.ConfirmedFlush {
+		if _, err := replication.AdvanceSlot(ctx, db, trail.Name, target); err != nil {
+			return err
+		}
+	}
+	t.advanced, t.at = now, slot.Current
+	return nil
+}
