@@ -29,6 +29,14 @@ func CopySlot(ctx context.Context, db *pgx.Conn, from, to string) error {
 	return nil
 }
 
+// CopyTemporary makes a slot that begins where another one stands, and that ends with this connection.
+func (c *Conn) CopyTemporary(ctx context.Context, from, to string) error {
+	if _, err := c.exec(ctx, fmt.Sprintf("SELECT pg_copy_logical_replication_slot(%s, %s, true)", quoteLiteral(from), quoteLiteral(to))); err != nil {
+		return fmt.Errorf("copy slot %q to %q: %w", from, to, withHint(err))
+	}
+	return nil
+}
+
 // AdvanceSlot moves a slot that nobody uses forward, and returns where it stands then. The server reads the log from the slot's restart LSN on
 // for that.
 func AdvanceSlot(ctx context.Context, db *pgx.Conn, name string, to event.LSN) (event.LSN, error) {

@@ -75,6 +75,15 @@ type Stream struct {
 // Start starts streaming from the slot's confirmed flush, which ebb alone moves. The connection belongs to the stream
 // from then on, also when Start fails.
 func (c *Conn) Start(ctx context.Context, slot, publication string, confirmed event.LSN) (*Stream, error) {
+	return c.start(ctx, slot, publication, 0, confirmed)
+}
+
+// StartAt starts streaming from a place behind the slot's confirmed flush. The server sends the transactions that commit there or behind it.
+func (c *Conn) StartAt(ctx context.Context, slot, publication string, at event.LSN) (*Stream, error) {
+	return c.start(ctx, slot, publication, at, at)
+}
+
+func (c *Conn) start(ctx context.Context, slot, publication string, at, confirmed event.LSN) (*Stream, error) {
 	timeout, err := c.limitTimeout(ctx)
 	if err != nil {
 		return nil, errors.Join(err, c.Close())
@@ -93,7 +102,7 @@ func (c *Conn) Start(ctx context.Context, slot, publication string, confirmed ev
 	}
 	s.write.Store(uint64(confirmed))
 	s.flush.Store(uint64(confirmed))
-	if err := s.start(ctx, slot, publication); err != nil {
+	if err := s.start(ctx, slot, publication, at); err != nil {
 		return nil, errors.Join(fmt.Errorf("start replication on slot %q: %w", slot, withHint(err)), s.conn.Close())
 	}
 	return s, nil
@@ -119,9 +128,9 @@ func (c *Conn) limitTimeout(ctx context.Context) (time.Duration, error) {
 	return maxTimeout, nil
 }
 
-func (s *Stream) start(ctx context.Context, slot, publication string) error {
-	query := pgproto3.Query{String: fmt.Sprintf("START_REPLICATION SLOT %s LOGICAL 0/0 (proto_version '1', publication_names %s, messages 'true')",
-		quoteIdent(slot), quoteLiteral(quoteIdent(publication)))}
+func (s *Stream) start(ctx context.Context, slot, publication string, at event.LSN) error {
+	query := pgproto3.Query{String: fmt.Sprintf("START_REPLICATION SLOT %s LOGICAL %s (proto_version '1', publication_names %s, messages 'true')",
+		quoteIdent(slot), at, quoteLiteral(quoteIdent(publication)))}
 	out, err := query.Encode(nil)
 	if err != nil {
 		return err

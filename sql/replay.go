@@ -129,6 +129,17 @@ func ReplayOfEpoch(ctx context.Context, db *pgx.Conn, r SlotRecord) (Replay, boo
 	return replays[0], true, nil
 }
 
+// ReplayRate returns how many events a second the last replay of some size delivered, or 0.
+func ReplayRate(ctx context.Context, db *pgx.Conn, slot string) (float64, error) {
+	var rate float64
+	err := db.QueryRow(ctx, `SELECT coalesce((SELECT (delivered / greatest(extract(epoch FROM ended_at - started_at), 0.001))::float8 FROM ebb.replay
+		WHERE slot = $1 AND state = 'done' AND delivered >= 1000 ORDER BY id DESC LIMIT 1), 0)`, slot).Scan(&rate)
+	if err != nil {
+		return 0, fmt.Errorf("read how fast the last replay was: %w", withHint(err))
+	}
+	return rate, nil
+}
+
 func readReplays(ctx context.Context, db *pgx.Conn, which string, args ...any) ([]Replay, error) {
 	rows, err := db.Query(ctx, `SELECT id, slot, from_lsn::text, place, coalesce(events, 0), requested_by, requested_at, state, coalesce(epoch, 0),
 		coalesce(through, ''), delivered, coalesce(position, ''), started_at, ended_at, coalesce(detail, '') FROM ebb.replay WHERE `+which, args...)

@@ -29,3 +29,22 @@ func DeliveredBefore(ctx context.Context, db *pgx.Conn, r SlotRecord, age time.D
 	}
 	return lsn, nil
 }
+
+// TickAround returns when the newest tick at or before an LSN was stored, and the oldest one at or behind it. Either is zero if there is none. Exact
+// says that the first one is at that LSN.
+func TickAround(ctx context.Context, db *pgx.Conn, r SlotRecord, lsn event.LSN) (before, behind time.Time, exact bool, err error) {
+	var b, h *time.Time
+	err = db.QueryRow(ctx, `WITH t AS (SELECT lsn, delivered_at FROM ebb.tick WHERE slot = $1 AND system_identifier = $2)
+		SELECT (SELECT max(delivered_at) FROM t WHERE lsn <= $3::text::pg_lsn), (SELECT min(delivered_at) FROM t WHERE lsn >= $3::text::pg_lsn),
+			EXISTS (SELECT FROM t WHERE lsn = $3::text::pg_lsn)`, r.Name, r.SystemIdentifier, lsn.String()).Scan(&b, &h, &exact)
+	if err != nil {
+		return time.Time{}, time.Time{}, false, fmt.Errorf("look for the ticks around %s: %w", lsn, withHint(err))
+	}
+	if b != nil {
+		before = *b
+	}
+	if h != nil {
+		behind = *h
+	}
+	return before, behind, exact, nil
+}

@@ -82,29 +82,29 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger, flags runFla
 	})
 	defer func() { err = errors.Join(err, page.Close()) }()
 	defer context.AfterFunc(ctx, func() { log.Info("stopping; a second signal ends this at once") })()
-	err = bridge.Run(ctx, bridge.Config{
-		Postgres:    cfg.Postgres,
-		Slot:        cfg.Slot,
-		Publication: cfg.Publication,
-		Sink:        destination,
-		Destination: destinationOf(cfg),
-		Logger:      log,
-		TickEvery:   cfg.Recorded.Every,
-		TickKeep:    max(cfg.Recorded.Keep, cfg.Replay.Window, time.Minute),
-		Keep:        cfg.Recorded.Keep,
-		Trail:       trailOf(cfg),
-		Adopt:       flags.adopt,
-		AcceptGap:   flags.acceptGap,
-		OnRole:      func(r bridge.Role) { role.Store(r) },
-	})
+	bc := bridgeConfig(cfg, log)
+	bc.Sink, bc.Destination = destination, destinationOf(cfg)
+	bc.Adopt, bc.AcceptGap = flags.adopt, flags.acceptGap
+	bc.OnRole = func(r bridge.Role) { role.Store(r) }
+	err = bridge.Run(ctx, bc)
 	if err == nil {
 		log.Info("stopped")
 	}
 	return err
 }
 
-func trailOf(cfg *config.Config) bridge.Trail {
-	return bridge.Trail{Window: cfg.Replay.Window, MaxWAL: int64(cfg.Replay.MaxWAL)}
+// bridgeConfig is what all that has to do with the slot needs to know.
+func bridgeConfig(cfg *config.Config, log *slog.Logger) bridge.Config {
+	return bridge.Config{
+		Postgres:    cfg.Postgres,
+		Slot:        cfg.Slot,
+		Publication: cfg.Publication,
+		Logger:      log,
+		TickEvery:   cfg.Recorded.Every,
+		TickKeep:    max(cfg.Recorded.Keep, cfg.Replay.Window, time.Minute),
+		Keep:        cfg.Recorded.Keep,
+		Trail:       bridge.Trail{Window: cfg.Replay.Window, MaxWAL: int64(cfg.Replay.MaxWAL)},
+	}
 }
 
 // destinationOf names where the configured sink delivers, without secrets. Another server of the same cluster is the same

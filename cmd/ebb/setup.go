@@ -87,7 +87,7 @@ func setup(ctx context.Context, w io.Writer, cfg *config.Config, log *slog.Logge
 	if err != nil {
 		return err
 	}
-	slots := bridge.Config{Postgres: cfg.Postgres, Slot: cfg.Slot, Publication: cfg.Publication, Trail: trailOf(cfg), Logger: log}
+	slots := bridgeConfig(cfg, log)
 	made, err := bridge.EnsureSlot(ctx, db, slots)
 	if made {
 		done = append(done, "created slot "+cfg.Slot)
