@@ -52,7 +52,16 @@ func newSetup(a *app) *cobra.Command {
 }
 
 func setupOf(cfg *config.Config) sql.Setup {
-	return sql.Setup{Publication: cfg.Publication, Keep: cfg.Recorded.Keep}
+	return sql.Setup{Publication: cfg.Publication, Keep: cfg.Recorded.Keep, Slot: cfg.Slot, Flow: flowOf(cfg)}
+}
+
+// flowOf returns the flow limits. A warning that nobody has asked for comes at the limit at the latest.
+func flowOf(cfg *config.Config) sql.Flow {
+	f := sql.Flow{Warn: int64(cfg.Flow.Warn), Limit: int64(cfg.Flow.Limit), OnFull: sql.OnFull(cfg.Flow.OnFull)}
+	if f.Limit > 0 {
+		f.Warn = min(f.Warn, f.Limit)
+	}
+	return f
 }
 
 func printSetup(w io.Writer, cfg *config.Config) error {
