@@ -34,11 +34,10 @@ func (l *leader) setFlow(ctx context.Context) error {
 
 // regulate looks at the lag, unless it has just done so, and says what is the matter. It is called by whoever has the session for statements.
 func (l *leader) regulate(ctx context.Context) error {
-	if now := time.Now(); l.Flow.Warn == 0 && l.Flow.Limit == 0 || now.Before(l.regulator.next) {
+	if l.Flow.Warn == 0 && l.Flow.Limit == 0 || time.Now().Before(l.regulator.next) {
 		return nil
-	} else {
-		l.regulator.next = now.Add(l.TickEvery)
 	}
+	l.regulator.next = time.Now().Add(l.TickEvery)
 	if l.regulator.log == nil {
 		l.regulator.log = quiet.New(l.Logger)
 	}

@@ -135,6 +135,8 @@ func TestFlowWarns(t *testing.T) {
 	}
 	f.awaitFlow(sql.FlowWarn)
 	s.unblock()
-	pgtest.Eventually(t, patience, func() (bool, string) { return strings.Contains(logs.String(), "has drained"), "no word that it has drained" })
+	pgtest.Eventually(t, patience, func() (bool, string) {
+		return strings.Contains(logs.String(), "has drained"), "no word that it has drained"
+	})
 	r.stop()
 }

@@ -101,6 +101,23 @@ func Regulate(ctx context.Context, db *pgx.Conn, slot string) (FlowNow, error) {
 	return now, nil
 }
 
+// StoredFlow returns the limits that ebb.put goes by, and the slot whose lag they are on.
+func StoredFlow(ctx context.Context, db querier) (slot string, f Flow, err error) {
+	if err := db.QueryRow(ctx, "SELECT slot, warn_bytes, limit_bytes, on_full FROM ebb.flow").Scan(&slot, &f.Warn, &f.Limit, &f.OnFull); err != nil {
+		return "", Flow{}, fmt.Errorf("read the flow limits: %w", withHint(err))
+	}
+	return slot, f, nil
+}
+
+// MaxRetained returns how much log the server keeps for a slot at most (max_slot_wal_keep_size), in bytes, or -1 if there is no limit.
+func MaxRetained(ctx context.Context, db querier) (int64, error) {
+	var bytes int64
+	if err := db.QueryRow(ctx, "SELECT pg_size_bytes(current_setting('max_slot_wal_keep_size'))").Scan(&bytes); err != nil {
+		return 0, fmt.Errorf("read max_slot_wal_keep_size: %w", withHint(err))
+	}
+	return max(bytes, -1), nil
+}
+
 // ReadFlow returns how the lag of a slot stands against the limits.
 func ReadFlow(ctx context.Context, db querier, slot string) (FlowState, error) {
 	var state FlowState

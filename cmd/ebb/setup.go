@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/spf13/cobra"
 
 	"ebb/bridge"
@@ -29,7 +30,10 @@ func newSetup(a *app) *cobra.Command {
 			"ebb_producer and ebb_bridge, the publication and the replication slot. It may be run at any time, again and again.\n\n" +
 			"The role that ebb run logs in as needs the attribute REPLICATION, which is not inherited by membership and also\n" +
 			"allows base backups (ALTER ROLE name REPLICATION; managed services have a role to grant instead), and\n" +
-			"GRANT ebb_bridge TO name.",
+			"GRANT ebb_bridge TO name.\n\n" +
+			"To have COMMITs wait for delivery (ebb.deliver_on_commit()), set synchronous_commit = local for every database of the\n" +
+			"server, and then synchronous_standby_names = 'FIRST 1 (\"SLOT\")'. While no bridge runs, such COMMITs hang until one does.\n" +
+			"ebb doctor checks that.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, log, err := a.load()
 			if err != nil {
@@ -111,6 +115,24 @@ func setup(ctx context.Context, w io.Writer, cfg *config.Config, log *slog.Logge
 	}
 	if len(done) == 0 {
 		fmt.Fprintln(w, "everything is set up already")
+	}
+	return warnOfSettings(ctx, db, cfg, log)
+}
+
+// warnOfSettings logs what is wrong with the server's settings for what is configured or used.
+func warnOfSettings(ctx context.Context, db *pgx.Conn, cfg *config.Config, log *slog.Logger) error {
+	flow, err := flowFinding(ctx, db, flowOf(cfg))
+	if err != nil {
+		return err
+	}
+	inline, err := inlineFinding(ctx, db, cfg)
+	if err != nil {
+		return err
+	}
+	for _, f := range []finding{flow, inline} {
+		if f.State == stateWarn || f.State == stateFail {
+			log.Warn(f.Text, "mend", f.Mend)
+		}
 	}
 	return nil
 }

@@ -174,6 +174,11 @@ BEGIN
 END
 $$;
 
+-- Says whether synchronous_standby_names is about a slot at all: COMMITs may wait for the walsender of its bridge.
+CREATE FUNCTION ebb.inline_concerns(slot text) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$ SELECT names && ARRAY[slot, '*'] FROM ebb.standby_names(current_setting('synchronous_standby_names')) $$;
+
 CREATE FUNCTION ebb.deliver_on_commit() RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
@@ -215,7 +220,7 @@ CREATE FUNCTION ebb.end_waits(slot text, OUT pid integer, OUT role text, OUT end
 AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM ebb.slot s WHERE s.name = end_waits.slot AND (s.snapshot IS NULL OR s.recovered_at IS NULL))
-        OR slot <> ALL ((ebb.standby_names(current_setting('synchronous_standby_names'))).names) THEN
+        OR ebb.inline_finding(slot) IS NOT NULL THEN -- they wait for others as well
         RETURN;
     END IF;
     FOR pid, role IN SELECT a.pid, a.usename FROM pg_stat_activity a
@@ -231,9 +236,9 @@ END
 $$;
 
 REVOKE ALL ON FUNCTION ebb.flow_state(text), ebb.check_flow(), ebb.limit_insert(), ebb.limit_inserts(boolean, regclass),
-    ebb.standby_names(text), ebb.inline_finding(text), ebb.deliver_on_commit(), ebb.end_waits(text) FROM PUBLIC;
+    ebb.standby_names(text), ebb.inline_finding(text), ebb.inline_concerns(text), ebb.deliver_on_commit(), ebb.end_waits(text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION ebb.flow_state(text) TO ebb_producer, ebb_bridge;
 GRANT EXECUTE ON FUNCTION ebb.deliver_on_commit() TO ebb_producer;
-GRANT EXECUTE ON FUNCTION ebb.inline_finding(text), ebb.end_waits(text) TO ebb_bridge;
+GRANT EXECUTE ON FUNCTION ebb.inline_finding(text), ebb.inline_concerns(text), ebb.end_waits(text) TO ebb_bridge;
 GRANT SELECT ON ebb.flow_now TO ebb_bridge;
 GRANT SELECT, INSERT, UPDATE ON ebb.flow TO ebb_bridge;
