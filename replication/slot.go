@@ -126,7 +126,8 @@ func InspectSlot(ctx context.Context, db *pgx.Conn, name string) (Slot, error) {
 func Waiters(ctx context.Context, db *pgx.Conn) ([]string, error) {
 	rows, err := db.Query(ctx, `
 		SELECT format('pid %s, user %s, application %s, %s, in its transaction for %s: %s',
-			pid, coalesce(usename, '?'), coalesce(nullif(application_name, ''), '?'), coalesce(state, '?'),
+			pid, coalesce(usename, '?'), coalesce(nullif(application_name, ''), '?'),
+			CASE WHEN wait_event = 'SyncRep' THEN 'waiting for a synchronous standby in its COMMIT' ELSE coalesce(state, '?') END,
 			date_trunc('second', clock_timestamp() - xact_start), left(regexp_replace(query, '\s+', ' ', 'g'), 80))
 		FROM pg_stat_activity
 		WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()

@@ -25,17 +25,23 @@ type Inline struct {
 
 // ReadInline asks how the server is set, for a slot. Besides db it needs a session of its own, as db is set otherwise.
 func ReadInline(ctx context.Context, db *pgx.Conn, url, slot string) (Inline, error) {
+	in, err := StandbyNames(ctx, db, slot)
+	if err != nil || !in.Concerns {
+		return in, err
+	}
+	if err := in.readDefaults(ctx, url, slot); err != nil {
+		return Inline{}, fmt.Errorf("read the default of synchronous_commit: %w", err)
+	}
+	return in, nil
+}
+
+// StandbyNames is the part of [ReadInline] that is about synchronous_standby_names.
+func StandbyNames(ctx context.Context, db querier, slot string) (Inline, error) {
 	var in Inline
 	err := db.QueryRow(ctx, `SELECT current_setting('synchronous_standby_names'), coalesce(ebb.inline_finding($1), ''), ebb.inline_concerns($1)`, slot).
 		Scan(&in.Setting, &in.Finding, &in.Concerns)
 	if err != nil {
 		return Inline{}, fmt.Errorf("read synchronous_standby_names: %w", withHint(err))
-	}
-	if !in.Concerns {
-		return in, nil
-	}
-	if err := in.readDefaults(ctx, url, slot); err != nil {
-		return Inline{}, fmt.Errorf("read the default of synchronous_commit: %w", err)
 	}
 	return in, nil
 }

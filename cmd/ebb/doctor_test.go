@@ -213,5 +213,7 @@ func TestRolesOfTheirOwn(t *testing.T) {
 	pgtest.Eventually(t, 10*time.Second, func() (bool, string) { // its sessions end a moment later
 		return pgtest.Value[bool](t, service, "SELECT NOT leader AND NOT active FROM ebb.status"), "a bridge leads still"
 	})
-	s.ebb(t, "teardown", "--yes", "--postgres", s.urlOf("owner")).must(t)
+	if r := s.ebb(t, "teardown", "--yes", "--postgres", s.urlOf("owner")).must(t); !strings.Contains(r.stdout, "reset it") {
+		t.Errorf("teardown does not say that a setting is left: %s", r.stdout)
+	}
 }
