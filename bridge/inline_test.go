@@ -218,11 +218,12 @@ func TestCommitWaitsForWhatIsConfirmed(t *testing.T) {
 	}
 }
 
-// A wait can be cancelled, which the client is told; the transaction has committed and is delivered. statement_timeout does not end a wait.
+// A wait can be cancelled, which the client is told; the transaction has committed and is delivered. Timeouts do not end one.
 func TestCommitIsCancelled(t *testing.T) {
 	t.Parallel()
 	f, _ := newInline(t, false)
-	c := f.commit("SET statement_timeout = 200", "SET lock_timeout = 200")
+	c := f.commit("SET statement_timeout = 200", "SET lock_timeout = 200",
+		"SELECT set_config(name, '200', false) FROM pg_settings WHERE name = 'transaction_timeout'") // since Postgres 17
 	f.awaitWait(c)
 	f.stillWaits(c)
 	f.db.Exec(t, fmt.Sprintf("SELECT pg_cancel_backend(%d)", c.pid))
