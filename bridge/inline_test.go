@@ -15,6 +15,7 @@ import (
 	"ebb/internal/natstest"
 	"ebb/internal/pgtest"
 	"ebb/internal/postgres"
+	"ebb/sql"
 )
 
 // newInline is a fixture on a server of its own, on which COMMIT can wait for delivery.
@@ -380,6 +381,66 @@ func TestSlotLostWhileCommitsWait(t *testing.T) {
 	if got := ids(t, s.all()); !slices.Contains(got, c.id) {
 		t.Errorf("delivered %d without %d", got, c.id)
 	}
+}
+
+// What is ended, by whom, and when.
+func TestEndWaits(t *testing.T) {
+	t.Parallel()
+	server := pgtest.NewServer(t, postgres.Config{})
+	db := server.New(t)
+	f := &fixture{t: t, db: db, slot: db.Name, log: logTo(t)}
+	db.Exec(t, "CREATE ROLE owner LOGIN CREATEROLE", "ALTER DATABASE "+db.Name+" OWNER TO owner")
+	as := func(role string) *pgx.Conn {
+		t.Helper()
+		conn, err := sql.Connect(t.Context(), strings.Replace(db.URL, "postgres@", role+"@", 1), "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close(context.Background()) })
+		return conn
+	}
+	if _, err := sql.Apply(t.Context(), as("owner"), sql.Setup{Publication: "ebb", Keep: time.Hour}); err != nil {
+		t.Fatal(err)
+	}
+	db.Exec(t, "CREATE ROLE bridge LOGIN IN ROLE ebb_bridge", "CREATE ROLE service LOGIN IN ROLE ebb_producer")
+	f.setup()
+	f.enableInline(server)
+	bridge := as("bridge")
+	f.db = &pgtest.Database{Name: db.Name, URL: strings.Replace(db.URL, "postgres@", "service@", 1)}
+	c := f.commit()
+	f.db = db
+	f.awaitWait(c)
+	ends := func(when string, want ...sql.Wait) {
+		t.Helper()
+		got, err := sql.EndWaits(t.Context(), bridge, f.slot)
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: ended %+v, want %+v; %v", when, got, want, err)
+		}
+	}
+	of := sql.Wait{PID: int32(c.pid), Role: "service"}
+	db.Exec(t, "GRANT pg_monitor, pg_signal_backend TO owner", "UPDATE ebb.slot SET recovered_at = now()")
+	ends("with a slot that is made")
+	db.Exec(t, "UPDATE ebb.slot SET snapshot = NULL", "REVOKE pg_monitor, pg_signal_backend FROM owner")
+	ends("with an owner who sees nobody")
+	db.Exec(t, "GRANT pg_monitor TO owner")
+	ends("with an owner who may end nobody", of)
+	db.Exec(t, "GRANT pg_signal_backend TO owner")
+	if err := server.SetSetting(t.Context(), "synchronous_standby_names", "standby1, "+f.slot); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bridge.Exec(t.Context(), "SELECT 1"); err != nil { // it has the setting when it has been idle
+		t.Fatal(err)
+	}
+	ends("where others may be waited for")
+	f.enableInline(server)
+	f.stillWaits(c)
+	of.Ended = true
+	ends("with an owner who may", of)
+	<-c.done
+	if c.err == nil {
+		t.Error("COMMIT has returned as if all was well")
+	}
+	ends("when nobody waits any more")
 }
 
 // Setup makes a slot while COMMITs wait, and never waits itself, although no bridge runs and all sessions wait by default.
