@@ -563,5 +563,8 @@ func TestInlineLatency(t *testing.T) {
 	if inlined > plain+20*time.Millisecond {
 		t.Errorf("an inline commit takes %s, a plain one %s: something waits for a timer", inlined, plain)
 	}
+	if after > plain+20*time.Millisecond {
+		t.Errorf("a transaction that does not wait takes %s after those that did, and %s before", after, plain)
+	}
 	t.Logf("plain %s, inline %s (%.1f times), plain again %s", plain, inlined, float64(inlined)/float64(plain), after)
 }

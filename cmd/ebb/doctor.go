@@ -298,12 +298,11 @@ func inlineFinding(ctx context.Context, db *pgx.Conn, cfg *config.Config) (findi
 	if err != nil {
 		return finding{}, err
 	}
-	set := fmt.Sprintf(`ALTER SYSTEM SET synchronous_standby_names = 'FIRST 1 ("%s")'; SELECT pg_reload_conf()`, cfg.Slot)
-	const local = "ALTER SYSTEM SET synchronous_commit = 'local'"
+	set := setStandbyNames(cfg.Slot)
 	switch {
 	case !in.Concerns && in.Setting == "":
 		return finding{State: stateOff, Text: "COMMIT cannot wait for delivery: synchronous_standby_names is empty",
-			Mend: "to use ebb.deliver_on_commit(): " + local + "; " + set + ". While no bridge runs, COMMITs that wait for delivery hang until one does"}, nil
+			Mend: "to use ebb.deliver_on_commit(): " + setLocal + "; " + set + ". While no bridge runs, COMMITs that wait for delivery hang until one does"}, nil
 	case !in.Concerns:
 		return finding{State: stateOff, Text: fmt.Sprintf("COMMIT cannot wait for delivery: synchronous_standby_names is %q, of standbys that ebb cannot be mixed with",
 			in.Setting)}, nil
@@ -329,6 +328,13 @@ func inlineFinding(ctx context.Context, db *pgx.Conn, cfg *config.Config) (findi
 			", unless the server's configuration file has synchronous_commit = local", Mend: localFor(in.MayWait)}, nil
 	}
 	return finding{State: stateOK, Text: fmt.Sprintf("COMMIT can wait for delivery: synchronous_standby_names is %q, and others do not wait", in.Setting)}, nil
+}
+
+// setLocal and setStandbyNames have COMMITs wait that are asked to, and no others, when they are set in this order.
+const setLocal = "ALTER SYSTEM SET synchronous_commit = 'local'"
+
+func setStandbyNames(slot string) string {
+	return fmt.Sprintf(`ALTER SYSTEM SET synchronous_standby_names = 'FIRST 1 ("%s")'; SELECT pg_reload_conf()`, slot)
 }
 
 func databases(names []string) string {

@@ -77,7 +77,9 @@ func TestDoctor(t *testing.T) {
 	found(t, s.doctor(t, exitCheck, "--postgres", nowhere), "server", stateFail, "nowhere", "does not exist")
 	found(t, s.doctor(t, exitCheck), "role", stateFail, "ebb_bridge", "ebb setup")
 
-	s.setup(t)
+	if r := s.ebb(t, "setup").must(t); !strings.Contains(r.stderr, "hang") || !strings.Contains(r.stderr, "FIRST 1") {
+		t.Errorf("setup does not say what to set: %s", r.stderr)
+	}
 	findings := s.doctor(t, exitOK)
 	found(t, findings, "slot", stateWarn, "no bridge", "ebb run")
 	found(t, findings, "flow", stateOK, "64MB")

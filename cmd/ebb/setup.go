@@ -74,7 +74,9 @@ func printSetup(w io.Writer, cfg *config.Config) error {
 		return err
 	}
 	_, err = fmt.Fprintf(w, "%s\n-- The slot %q comes last. Setup makes it on a replication connection, together with a record of its snapshot,\n"+
-		"-- so that the rows which were in the buffer before it are delivered as well.\n", script, cfg.Slot)
+		"-- so that the rows which were in the buffer before it are delivered as well.\n\n"+
+		"-- To have COMMITs wait for delivery, by ebb.deliver_on_commit(), set this, in this order. While no bridge runs, they hang until one does.\n"+
+		"-- %s;\n-- %s;\n", script, cfg.Slot, setLocal, setStandbyNames(cfg.Slot))
 	return err
 }
 
@@ -116,11 +118,11 @@ func setup(ctx context.Context, w io.Writer, cfg *config.Config, log *slog.Logge
 	if len(done) == 0 {
 		fmt.Fprintln(w, "everything is set up already")
 	}
-	return warnOfSettings(ctx, db, cfg, log)
+	return sayOfSettings(ctx, db, cfg, log, made)
 }
 
-// warnOfSettings logs what is wrong with the server's settings for what is configured or used.
-func warnOfSettings(ctx context.Context, db *pgx.Conn, cfg *config.Config, log *slog.Logger) error {
+// sayOfSettings logs what is wrong with the server's settings for what is configured or used, and, at first, what could be used.
+func sayOfSettings(ctx context.Context, db *pgx.Conn, cfg *config.Config, log *slog.Logger, first bool) error {
 	flow, err := flowFinding(ctx, db, flowOf(cfg))
 	if err != nil {
 		return err
@@ -130,8 +132,11 @@ func warnOfSettings(ctx context.Context, db *pgx.Conn, cfg *config.Config, log *
 		return err
 	}
 	for _, f := range []finding{flow, inline} {
-		if f.State == stateWarn || f.State == stateFail {
+		switch {
+		case f.State == stateWarn || f.State == stateFail:
 			log.Warn(f.Text, "mend", f.Mend)
+		case f.State == stateOff && first:
+			log.Info(f.Text, "mend", f.Mend)
 		}
 	}
 	return nil
