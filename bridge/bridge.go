@@ -36,6 +36,9 @@ type Config struct {
 	// Keep is how long delivered rows stay in the buffer; 0: for ever.
 	Keep time.Duration
 
+	// Flow are the limits on the slot's lag.
+	Flow sql.Flow
+
 	// Adopt says that this database is to be gone on with, although the destination belongs to another source or holds events that the
 	// database does not have. AcceptGap says that what the destination has forgotten, and the buffer does not have any more, may be missing.
 	Adopt, AcceptGap bool
@@ -176,6 +179,9 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	err = l.connect(ctx, lock.PgConn().PID())
 	if err == nil {
 		l.record, err = sql.TakeTerm(ctx, db, cfg.Slot)
+	}
+	if err == nil {
+		err = l.setFlow(ctx)
 	}
 	var next step
 	if err == nil {

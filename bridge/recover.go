@@ -107,9 +107,13 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 
 // awaitVisible waits until a query sees every row that is to be recovered.
 func (l *leader) awaitVisible(ctx context.Context) error {
+	waits := newWaits(&l.Config)
 	for began, said := time.Now(), false; ; {
 		ok, err := sql.AllVisible(ctx, l.db, l.Slot)
 		if ok || err != nil {
+			return err
+		}
+		if err := waits.end(ctx, l.db); err != nil {
 			return err
 		}
 		if !said && time.Since(began) > waitersAfter {

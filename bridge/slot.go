@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"ebb/internal/sleep"
@@ -135,7 +134,7 @@ func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Con
 	said := make(chan struct{})
 	go func() {
 		defer close(said)
-		sayWaiters(waiting, db, cfg.Logger)
+		sayWaiters(waiting, db, cfg)
 	}()
 	made, err := conn.CreateSlot(ctx, cfg.Slot)
 	stopWaiting()
@@ -166,18 +165,29 @@ func endWalsender(ctx context.Context, db *pgxConn, cfg *Config, slot replicatio
 	return replication.EndWalsender(ctx, db, cfg.Slot, slot.ActivePID)
 }
 
-// sayWaiters logs which transactions the creation of a slot waits for, as long as ctx lasts.
-func sayWaiters(ctx context.Context, db *pgxConn, log *slog.Logger) {
-	timer := time.NewTimer(waitersAfter)
-	defer timer.Stop()
+// sayWaiters logs which transactions the creation of a slot waits for, as long as ctx lasts. Those that wait themselves, in their COMMIT,
+// for what is delivered from the slot, are ended.
+func sayWaiters(ctx context.Context, db *pgxConn, cfg *Config) {
+	log := cfg.Logger
+	say, wake := time.NewTimer(waitersAfter), time.NewTicker(endWaitsEvery)
+	defer say.Stop()
+	defer wake.Stop()
+	waits := newWaits(cfg)
 	for {
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			return
-		}
 		// A cancelled query would end the session, which others use.
 		asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), waitersEvery)
+		if err := waits.end(asking, db); err != nil {
+			log.Warn("the slot may wait for a COMMIT that waits for delivery", "error", err)
+		}
+		cancel()
+		select {
+		case <-wake.C:
+			continue
+		case <-ctx.Done():
+			return
+		case <-say.C:
+		}
+		asking, cancel = context.WithTimeout(context.WithoutCancel(ctx), waitersEvery)
 		lines, err := replication.Waiters(asking, db)
 		cancel()
 		if err != nil {
@@ -186,6 +196,6 @@ func sayWaiters(ctx context.Context, db *pgxConn, log *slog.Logger) {
 		for _, line := range lines {
 			log.Warn("the slot waits for a transaction to end", "transaction", line)
 		}
-		timer.Reset(waitersEvery)
+		say.Reset(waitersEvery)
 	}
 }

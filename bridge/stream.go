@@ -50,6 +50,8 @@ type leader struct {
 	tracker *tracker
 	// witness, unless nil, sees what comes by, because the slot may not be the one that ebb has made.
 	witness *witness
+	// regulator is used by the ticks.
+	regulator regulator
 	// skipped is how many of the events that the sink has already were left out so far.
 	skipped uint64
 	// from is the last event that the sink was known to hold when this stream started.

@@ -32,6 +32,9 @@ func (l *leader) tick(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		}
+		if err := l.regulate(ctx); err != nil {
+			return ignoreEnd(ctx, err)
+		}
 		// What is delivered from here on may be too late for the snapshot.
 		if delivered := l.tracker.snapshot().delivered; delivered != recorded {
 			recorded, stored, due, pause, waited = delivered, 0, true, 1, 0
@@ -48,9 +51,9 @@ func (l *leader) tick(ctx context.Context) error {
 			continue
 		}
 		waited = 0
-		now, ok := l.awaitDelivered(ctx, tick.LSN)
-		if !ok {
-			return nil
+		now, ok, err := l.awaitDelivered(ctx, tick.LSN)
+		if !ok || err != nil {
+			return ignoreEnd(ctx, err)
 		}
 		if err := l.checkWitness(ctx, tick); err != nil {
 			return ignoreEnd(ctx, err)
@@ -119,18 +122,22 @@ func (l *leader) checkWitness(ctx context.Context, tick sql.Tick) error {
 	return nil
 }
 
-// awaitDelivered waits until everything before lsn is delivered.
-func (l *leader) awaitDelivered(ctx context.Context, lsn event.LSN) (snapshot, bool) {
+// awaitDelivered waits until everything before lsn is delivered, or returns false when ctx ends. It goes on looking at the lag meanwhile,
+// which grows while a sink is down.
+func (l *leader) awaitDelivered(ctx context.Context, lsn event.LSN) (snapshot, bool, error) {
 	poll := time.NewTicker(caughtUpPoll)
 	defer poll.Stop()
 	for {
 		if now := l.tracker.snapshot(); now.write >= lsn {
-			return now, true
+			return now, true, nil
+		}
+		if err := l.regulate(ctx); err != nil {
+			return snapshot{}, false, err
 		}
 		select {
 		case <-poll.C:
 		case <-ctx.Done():
-			return snapshot{}, false
+			return snapshot{}, false, nil
 		}
 	}
 }

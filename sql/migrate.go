@@ -44,6 +44,9 @@ type Setup struct {
 	Publication string
 	// Keep is how long delivered rows stay in the buffer.
 	Keep time.Duration
+	// Flow are the limits on the lag of Slot, which without a name are left as they are.
+	Slot string
+	Flow Flow
 }
 
 // Apply brings the schema and the publication to what s and this program want, and returns a line for each thing that it
@@ -55,6 +58,10 @@ func Apply(ctx context.Context, db *pgx.Conn, s Setup) ([]string, error) {
 	}
 	var done []string
 	err = pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
+		// Names in the statements mean what they say, whatever the session's search_path is.
+		if _, err := tx.Exec(ctx, "SET LOCAL search_path = pg_catalog, pg_temp"); err != nil {
+			return fmt.Errorf("set the search_path: %w", err)
+		}
 		if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock($1)", migrationLock); err != nil {
 			return fmt.Errorf("lock the schema: %w", err)
 		}
@@ -90,6 +97,13 @@ func Apply(ctx context.Context, db *pgx.Conn, s Setup) ([]string, error) {
 		if line != "" {
 			done = append(done, line)
 		}
+		if err != nil {
+			return err
+		}
+		line, err = applyFlow(ctx, tx, s, current == 0)
+		if line != "" {
+			done = append(done, line)
+		}
 		return err
 	})
 	if err != nil {
@@ -105,12 +119,16 @@ func Script(s Setup, serverVersion int) (string, error) {
 		return "", err
 	}
 	var b strings.Builder
-	b.WriteString("BEGIN;\n")
+	b.WriteString("BEGIN;\nSET LOCAL search_path = pg_catalog, pg_temp;\n")
 	for _, m := range all {
 		fmt.Fprintf(&b, "\n-- migration %s\n%s\n%s;\n", m.name, strings.TrimSpace(m.sql), insertVersion(m))
 	}
 	fmt.Fprintf(&b, "\n-- views\n%s\n", strings.TrimSpace(views))
-	fmt.Fprintf(&b, "\n%s;\n\n%s;\n\nCOMMIT;\n", bucketDefault(s.Keep), createPublication(s.Publication, serverVersion))
+	fmt.Fprintf(&b, "\n%s;\n\n%s;\n\n", bucketDefault(s.Keep), createPublication(s.Publication, serverVersion))
+	if s.Slot != "" {
+		fmt.Fprintf(&b, "%s;\n\n", flowScript(s.Slot, s.Flow))
+	}
+	b.WriteString("COMMIT;\n")
 	return b.String(), nil
 }
 
@@ -191,6 +209,10 @@ func load() ([]migration, error) {
 
 type querier interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+type execer interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 }
 
 func version(ctx context.Context, db querier) (int, error) {

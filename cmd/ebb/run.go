@@ -92,6 +92,7 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger, flags runFla
 		TickEvery:   cfg.Recorded.Every,
 		TickKeep:    max(cfg.Recorded.Keep, cfg.Replay.Window, time.Minute),
 		Keep:        cfg.Recorded.Keep,
+		Flow:        flowOf(cfg),
 		Adopt:       flags.adopt,
 		AcceptGap:   flags.acceptGap,
 		OnRole:      func(r bridge.Role) { role.Store(r) },

@@ -434,17 +434,12 @@ func (c *Config) checkRest() *problem {
 	if c.Replay.MaxWAL != d.Replay.MaxWAL {
 		return notYet("replay.max_wal", c.Replay.MaxWAL, d.Replay.MaxWAL.String())
 	}
-	if c.Flow.Warn != d.Flow.Warn {
-		return notYet("flow.warn", c.Flow.Warn, d.Flow.Warn.String())
-	}
-	if c.Flow.Limit != d.Flow.Limit {
-		return notYet("flow.limit", c.Flow.Limit, d.Flow.Limit.String())
+	if c.Flow.Limit > 0 && c.Flow.Warn > c.Flow.Limit && c.Flow.Warn != d.Flow.Warn {
+		return &problem{key: "flow.warn", shown: c.Flow.Warn.String(),
+			text: "is more than flow.limit, " + c.Flow.Limit.String() + "; write a smaller one, or leave the key out"}
 	}
 	if p := oneOf("flow.on_full", c.Flow.OnFull, OnFullReject, OnFullAllow); p != nil {
 		return p
-	}
-	if c.Flow.OnFull != OnFullReject {
-		return notYet("flow.on_full", c.Flow.OnFull, OnFullReject)
 	}
 	if c.Recorded.Every <= 0 {
 		return is("recorded.every", c.Recorded.Every, "not above zero")

@@ -268,6 +268,24 @@ recorded:
 	}
 }
 
+func TestFlow(t *testing.T) {
+	for _, tt := range []struct {
+		file string
+		want Flow
+	}{
+		{"{}", Flow{Warn: GB, OnFull: OnFullReject}},
+		{"{limit: 64KB}", Flow{Warn: GB, Limit: 64 * KB, OnFull: OnFullReject}}, // the default does not stand in the way
+		{"{limit: 4GB, warn: 4GB, on_full: allow}", Flow{Warn: 4 * GB, Limit: 4 * GB, OnFull: OnFullAllow}},
+		{"{warn: 8GB}", Flow{Warn: 8 * GB, OnFull: OnFullReject}},
+		{"{warn: 0, limit: 1}", Flow{Limit: 1, OnFull: OnFullReject}},
+	} {
+		c, err := load(Sources{Getenv: env()}, []byte("flow: "+tt.file+"\n"))
+		if err != nil || c.Flow != tt.want {
+			t.Errorf("%s is %+v, %v, want %+v", tt.file, c, err, tt.want)
+		}
+	}
+}
+
 func TestSinkKind(t *testing.T) {
 	for sink, want := range map[string]SinkKind{
 		"":                               SinkKindNone,

@@ -118,6 +118,7 @@ var wrong = []struct{ file, want string }{
 	{"http:\n  format: raw\n", `ebb.yaml:2: http.format: "raw" is not cloudevents, structured or batch; write cloudevents, structured or batch`},
 	{"http:\n  batch: 0\n", "ebb.yaml:2: http.batch: 0 is too few; write a number from 1"},
 	{"replay:\n  window: -1h\n", "ebb.yaml:2: replay.window: -1h0m0s is below zero; write a duration such as 90m or 1h, or 0 for none"},
+	{"flow:\n  warn: 2GB\n  limit: 64MB\n", "ebb.yaml:2: flow.warn: 2GB is more than flow.limit, 64MB; write a smaller one, or leave the key out"},
 
 	// Not available yet.
 	{"buffers:\n  - table: public.outbox\n    topic: topic\n", `ebb.yaml:2: buffers[0].table: "public.outbox" is not available yet; write ebb.buffer, or leave the key out`},
@@ -133,9 +134,6 @@ var wrong = []struct{ file, want string }{
 	{"http:\n  on_reject: block\n", `ebb.yaml:2: http.on_reject: "block" is not available yet; write park, or leave the key out`},
 	{"replay:\n  window: 2h\n", "ebb.yaml:2: replay.window: 2h0m0s is not available yet; write 1h or 0, or leave the key out"},
 	{"replay:\n  max_wal: 1GB\n", "ebb.yaml:2: replay.max_wal: 1GB is not available yet; write 4GB, or leave the key out"},
-	{"flow:\n  warn: 2GB\n", "ebb.yaml:2: flow.warn: 2GB is not available yet; write 1GB, or leave the key out"},
-	{"flow:\n  limit: 64KB\n", "ebb.yaml:2: flow.limit: 64KB is not available yet; write 0, or leave the key out"},
-	{"flow:\n  on_full: allow\n", `ebb.yaml:2: flow.on_full: "allow" is not available yet; write reject, or leave the key out`},
 
 	// Lines survive what stands before them.
 	{"\ufeff# one\r\nslot: >-\r\n  e\r\n\r\nsource: |\r\n  x\r\n", "ebb.yaml:5: source: \"x\\n\" is not a URI reference; write " + wants["source"]},
