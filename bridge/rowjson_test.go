@@ -409,6 +409,11 @@ func TestRowsOfBuiltInTypes(t *testing.T) {
 	t.Parallel()
 	db := pgtest.New(t)
 	r := seed(t)
+	// What the text of values depends on is for ebb's sessions to set.
+	for _, set := range []string{"datestyle = 'German, DMY'", "timezone = 'Asia/Kolkata'", "intervalstyle = 'iso_8601'", "bytea_output = 'escape'",
+		"extra_float_digits = -5", "quote_all_identifiers = on"} {
+		db.Exec(t, "ALTER DATABASE "+db.Name+" SET "+set)
+	}
 	conn := db.Connect(t)
 	values := r.values(conn.Config().User)
 

@@ -18,7 +18,8 @@ type Column struct {
 // drops the white space and the duplicate keys of a json column, which here stays as it is.) It is used by one goroutine at a time.
 //
 // Source: datum_to_jsonb and json_categorize_type in src/backend/utils/adt of Postgres. What it cannot do is to call functions: where a type
-// of one's own, or of an extension other than hstore, has a cast to json, to_jsonb uses that, and here it is the text.
+// of one's own, or of an extension other than hstore, has a cast to json, to_jsonb uses that, and here it is the text. Nor does it see generated
+// columns that the server does not send.
 type RowEncoder struct {
 	columns []encodedColumn
 	// later says that the types are from a later time than the row at hand.
