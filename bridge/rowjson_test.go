@@ -409,11 +409,6 @@ func TestRowsOfBuiltInTypes(t *testing.T) {
 	t.Parallel()
 	db := pgtest.New(t)
 	r := seed(t)
-	// What the text of values depends on is for ebb's sessions to set.
-	for _, set := range []string{"datestyle = 'German, DMY'", "timezone = 'Asia/Kolkata'", "intervalstyle = 'iso_8601'", "bytea_output = 'escape'",
-		"extra_float_digits = -5", "quote_all_identifiers = on"} {
-		db.Exec(t, "ALTER DATABASE "+db.Name+" SET "+set)
-	}
 	conn := db.Connect(t)
 	values := r.values(conn.Config().User)
 
@@ -522,6 +517,26 @@ func TestRowsOfBuiltInTypes(t *testing.T) {
 	if reader.lookUps > 0 {
 		t.Errorf("built-in types were looked up %d times", reader.lookUps)
 	}
+}
+
+// What the text of values depends on is as ebb's sessions have it, whatever the database or the role says.
+func TestRowsAndSettings(t *testing.T) {
+	t.Parallel()
+	db := pgtest.New(t)
+	for _, set := range []string{"datestyle = 'German, DMY'", "timezone = 'Asia/Kolkata'", "intervalstyle = 'iso_8601'", "bytea_output = 'escape'",
+		"extra_float_digits = -5", "quote_all_identifiers = on"} {
+		db.Exec(t, "ALTER DATABASE "+db.Name+" SET "+set)
+	}
+	db.Exec(t, "CREATE TABLE settings (n bigint, d date, t timestamp, z timestamptz, i interval, b bytea, f float8, g float4, c regclass)")
+	reader := newRowReader(t, db, "settings")
+	db.Exec(t, `INSERT INTO settings VALUES (1, '2026-01-02', '2026-01-02 03:04:05.6', '2026-01-02 03:04:05.6Z', '1 day 02:00', '\x00ff', 0.1::float8 + 0.2, 0.1, 'pg_class')`)
+	events := reader.next(1)
+	want := `{"n":1,"d":"2026-01-02","t":"2026-01-02T03:04:05.6","z":"2026-01-02T03:04:05.6+00:00","i":"1 day 02:00:00","b":"\\x00ff",` +
+		`"f":0.30000000000000004,"g":0.1,"c":"pg_class"}`
+	if got := string(events[0].Payload); got != want {
+		t.Errorf("the row is\n%s, want\n%s", got, want)
+	}
+	reader.same(&events[0])
 }
 
 // Rows of types of one's own, nested in each other, come through a slot as to_jsonb makes them.
