@@ -257,6 +257,35 @@ func fuzzValue(f *testing.F, oids ...uint32) {
 	})
 }
 
+func FuzzValidJSON(f *testing.F) {
+	for _, seed := range []string{
+		`{}`, ` { "a" : [ 1 , -2.5e+3 , "\u00fF\n" , true , false , null , { } , [ ] ] , "" : {"b":[[]]} } `, `"`, `"\x"`, `"\u12g4"`, "\"\n\"", `[1,]`, `{"a"}`,
+		`{"a":}`, `{1:2}`, `{,}`, `[}`, `{]`, `01`, `-`, `1.`, `.5`, `1e`, `nul`, `truefalse`, `1 2`, ``, ` `, `[`, `{"a":1`, `]`, `,`, `1-2`, "\"\xff\"",
+	} {
+		f.Add([]byte(seed))
+	}
+	var stack []byte
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var got bool
+		if got, stack = validJSON(text, stack); got != json.Valid(text) {
+			t.Errorf("%q is valid: %v, says encoding/json: %v", text, got, !got)
+		}
+	})
+}
+
+// Postgres takes JSON that is deeper than encoding/json does.
+func TestDeepJSON(t *testing.T) {
+	const deep = 1 << 20
+	text := strings.Repeat(`[{"a":`, deep) + "1" + strings.Repeat("}]", deep)
+	got, err := encoderOf(t, oidJSON).Append(nil, [][]byte{[]byte(text)})
+	if err != nil || string(got) != `{"v":`+text+"}" {
+		t.Errorf("it became %d bytes, %v", len(got), err)
+	}
+	if _, err := encoderOf(t, oidJSON).Append(nil, [][]byte{[]byte(text[:len(text)-1])}); !errors.Is(err, ErrRow) {
+		t.Errorf("a bracket is missing: %v", err)
+	}
+}
+
 func FuzzScalar(f *testing.F) {
 	fuzzValue(f, oidBool, oidNumeric, oidText, oidJSON, oidTimestamp, oidTimestampTZ)
 }
