@@ -174,9 +174,12 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 		<-held
 	}()
 
-	l := &leader{Config: cfg, db: db, carried: carried}
+	l := &leader{Config: cfg, db: db, carried: carried, lockPID: lock.PgConn().PID()}
 	defer l.closeConn()
-	err = l.connect(ctx, lock.PgConn().PID())
+	err = l.connect(ctx)
+	if err == nil {
+		l.token, err = sql.MessageToken(ctx, db)
+	}
 	if err == nil {
 		l.record, err = sql.TakeTerm(ctx, db, cfg.Slot)
 	}
@@ -205,16 +208,16 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 }
 
 // connect opens the replication connection, to the same server as that of the session which holds the lock.
-func (l *leader) connect(ctx context.Context, lockPID uint32) error {
+func (l *leader) connect(ctx context.Context) error {
 	var err error
 	if l.conn, err = replication.Connect(ctx, l.Postgres, l.Slot); err != nil {
 		return err
 	}
-	replicates, err := l.conn.SharesServer(ctx, lockPID)
+	replicates, err := l.conn.SharesServer(ctx, l.lockPID)
 	if err != nil {
 		return err
 	}
-	queries, err := sql.SharesServer(ctx, l.db, lockPID)
+	queries, err := sql.SharesServer(ctx, l.db, l.lockPID)
 	if err != nil {
 		return err
 	}

@@ -221,12 +221,16 @@ func (l *leader) hearWitness(ctx context.Context, f *facts) error {
 // heldBehind returns a function that tells the events which the destination holds behind a sequence number.
 func (l *leader) heldBehind(ctx context.Context, seq uint64) (func(id []byte) bool, error) {
 	held := newHoldings(false)
+	held.messages = map[event.Position]bool{}
 	if err := l.addHeld(ctx, held, seq); err != nil {
 		return nil, err
 	}
 	return func(id []byte) bool {
-		n, err := strconv.ParseInt(string(id), 10, 64)
-		return err == nil && held.ids.has(n)
+		if n, err := strconv.ParseInt(string(id), 10, 64); err == nil {
+			return held.ids.has(n)
+		}
+		p, err := event.ParsePosition(string(id))
+		return err == nil && held.messages[p]
 	}, nil
 }
 

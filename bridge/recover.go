@@ -147,6 +147,9 @@ func (f *facts) recoveredAt(last event.Position) event.Position {
 // holdings are the events that the sink holds, among those that are still to be recovered.
 type holdings struct {
 	ids idSet
+	// messages, unless nil, are the events whose id is their position, as that of a message is. A recovery, which has rows to deliver, does not
+	// need them.
+	messages map[event.Position]bool
 	// contents are the events by id, kept where an id alone does not say that it is the same event.
 	contents map[int64]content
 	seed     maphash.Seed
@@ -194,7 +197,13 @@ func (l *leader) addHeld(ctx context.Context, h *holdings, after uint64) error {
 	}
 	return scanner.Scan(ctx, after, func(m sink.Stored) error {
 		id, err := strconv.ParseInt(string(m.ID), 10, 64)
-		if err != nil || !l.record.Done && id <= l.record.RecoveredID {
+		if err != nil {
+			if p, err := event.ParsePosition(string(m.ID)); err == nil && h.messages != nil {
+				h.messages[p] = true
+			}
+			return nil
+		}
+		if !l.record.Done && id <= l.record.RecoveredID {
 			return nil // of the others it is known already
 		}
 		if m.Origin == event.Streamed && l.record.Epochs.RuleOut(m.Position) {

@@ -42,6 +42,10 @@ type leader struct {
 	system  replication.System
 	carried *carried
 	record  sql.SlotRecord
+	// lockPID is the process id of the session that holds the lock.
+	lockPID uint32
+	// token is that of messages which are events.
+	token []byte
 	// slot is what the stream starts from.
 	slot replication.Slot
 
@@ -73,7 +77,8 @@ func (l *leader) start(ctx context.Context, s step) error {
 	}
 	l.Logger.Info("streaming", "slot", l.Slot, "from", l.slot.ConfirmedFlush, "delivered", s.last.Position)
 	l.from = s.last
-	cfg := decode.Config{Epochs: l.record.Epochs, Skip: s.skip}
+	cfg := decode.Config{Epochs: l.record.Epochs, Skip: s.skip, Token: l.token}
+	cfg.LookUp = func(oids []uint32) (decode.Types, event.LSN, error) { return l.lookUp(ctx, oids) }
 	if l.witness != nil {
 		cfg.Seen = l.witness.see
 	}
@@ -127,6 +132,7 @@ func (l *leader) read(stop, ctx context.Context, in chan<- *event.Batch) error {
 
 	batch := event.NewBatch()
 	var said decode.Skipped
+	var forged uint64
 	for behind := false; ; {
 		if err := l.out.Fill(reading, behind); err != nil {
 			return err
@@ -163,6 +169,7 @@ func (l *leader) read(stop, ctx context.Context, in chan<- *event.Batch) error {
 		}
 		batch = event.NewBatch()
 		said = l.saySkipped(l.decoder.Skipped(), said)
+		forged = l.sayForged(l.decoder.Skipped(), forged)
 	}
 }
 

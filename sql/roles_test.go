@@ -32,17 +32,20 @@ var roles = map[string]rights{
 		columns: map[string]string{"buffer.topic": "INSERT", "buffer.key": "INSERT", "buffer.payload": "INSERT",
 			"buffer.headers": "INSERT"},
 		functions: map[string]string{
-			"put(text,json,text,jsonb)":  `ebb.put('t', pg_catalog.json_in('{"a": 1}'), 'k', '{"h": "v"}')`,
-			"put(text,jsonb,text,jsonb)": `ebb.put('t', pg_catalog.jsonb_in('{"a": 1}'), 'k', '{"h": "v"}')`,
-			"put(text,text,text,jsonb)":  `ebb.put('t', '{"a": 1}', 'k', '{"h": "v"}')`,
-			"flow_state(text)":           `ebb.flow_state('s')`,
-			"backlog_size()":             `(SELECT estimated FROM ebb.backlog_size())`,
-			"deliver_on_commit()":        "", // raises here; see the tests of package bridge
+			"put(text,json,text,jsonb)":   `ebb.put('t', pg_catalog.json_in('{"a": 1}'), 'k', '{"h": "v"}')`,
+			"put(text,jsonb,text,jsonb)":  `ebb.put('t', pg_catalog.jsonb_in('{"a": 1}'), 'k', '{"h": "v"}')`,
+			"put(text,text,text,jsonb)":   `ebb.put('t', '{"a": 1}', 'k', '{"h": "v"}')`,
+			"emit(text,json,text,jsonb)":  `pg_catalog.pg_lsn_lt(ebb.emit('t', pg_catalog.json_in('{"a": 1}'), 'k', '{"h": "v"}'), 'FFFFFFFF/0')`,
+			"emit(text,jsonb,text,jsonb)": `pg_catalog.pg_lsn_lt(ebb.emit('t', pg_catalog.jsonb_in('{"a": 1}'), 'k', '{"h": "v"}'), 'FFFFFFFF/0')`,
+			"emit(text,text,text,jsonb)":  `pg_catalog.pg_lsn_lt(ebb.emit('t', '{"a": 1}', 'k', '{"h": "v"}'), 'FFFFFFFF/0')`,
+			"flow_state(text)":            `ebb.flow_state('s')`,
+			"backlog_size()":              `(SELECT estimated FROM ebb.backlog_size())`,
+			"deliver_on_commit()":         "", // raises here; see the tests of package bridge
 		},
 	},
 	"ebb_bridge": {
 		relations: map[string]string{"backlog": "SELECT", "events": "SELECT", "status": "SELECT", "flow_now": "SELECT",
-			"buffer": "SELECT", "migration": "SELECT", "identity": "SELECT", "removed": "SELECT", "flow": "SELECT INSERT UPDATE",
+			"buffer": "SELECT", "migration": "SELECT", "identity": "SELECT", "message_token": "SELECT", "removed": "SELECT", "flow": "SELECT INSERT UPDATE",
 			"slot": "SELECT INSERT UPDATE DELETE", "tick": "SELECT INSERT UPDATE DELETE", "epoch": "SELECT INSERT UPDATE DELETE",
 			"buffer_id_seq": "SELECT"},
 		columns: map[string]string{"buffer.xid": "UPDATE"},
