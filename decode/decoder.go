@@ -25,7 +25,8 @@ type Config struct {
 	Buffers []Buffer
 	// Skip is what the destination holds already.
 	Skip Skip
-	// Seen, unless nil, is called with the id of every row that comes by, left out or not. The slice is valid during the call.
+	// Seen, unless nil, is called with the id of every row of the managed table that comes by, left out or not. The slice is valid during the
+	// call.
 	Seen func(id []byte)
 }
 
@@ -83,6 +84,7 @@ type Decoder struct {
 	time     time.Time
 
 	insert insertMessage // scratch, so that an insert takes no memory
+	text   []byte        // scratch as well
 }
 
 // New returns a Decoder that stands before the first message of a connection.
@@ -189,18 +191,31 @@ func (d *Decoder) decodeRelation(msg []byte) error {
 		return err
 	}
 	var buffer *Buffer
+	number := 0
 	for i := range d.buffers {
 		if b := &d.buffers[i]; string(m.namespace) == b.Schema && string(m.name) == b.Table {
-			buffer = b
+			buffer, number = b, i
 			break
 		}
 	}
 	t, err := newTable(&m, buffer, d.types)
 	if err != nil {
-		return err
+		t = unreadable(&m, buffer, err)
+	}
+	if buffer != nil {
+		t.number = number
+		t.resolveRowKey(&m)
+	}
+	if t.err != nil && !d.mayLeaveOut() {
+		return t.err
 	}
 	d.tables[m.id] = t
 	return nil
+}
+
+// mayLeaveOut reports whether an event may come by that the destination holds already.
+func (d *Decoder) mayLeaveOut() bool {
+	return !d.passed && !d.skip.Through.IsZero() || d.more < d.skip.More || d.skip.Held != nil
 }
 
 func (d *Decoder) decodeType(msg []byte) error {
@@ -240,13 +255,20 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 		}
 		return nil
 	}
-	if d.see != nil {
+	if d.see != nil && t.buffer.IsManaged() {
 		d.see(m.column(t.id))
 	}
 	if !d.passed || d.more < d.skip.More || d.skip.Held != nil {
-		if left, err := d.leaveOut(t); left || err != nil {
+		left, err := d.leaveOut(t)
+		if left {
+			d.addRow(t, batch)
+		}
+		if left || err != nil {
 			return err
 		}
+	}
+	if t.err != nil {
+		return t.err
 	}
 	for _, i := range [...]int{t.id, t.topic, t.key, t.payload, t.headers} {
 		if i == absent || m.row[i].kind == text || m.row[i].kind == null {
@@ -259,7 +281,32 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 		Payload: m.column(t.payload), Headers: m.column(t.headers),
 		Time: d.time, Position: d.position,
 	}
-	return t.buffer.append(batch, &row, t.contentType, event.Streamed)
+	if err := t.buffer.append(batch, &row, t.contentType, event.Streamed); err != nil {
+		return err
+	}
+	d.addRow(t, batch)
+	return nil
+}
+
+// addRow gives the batch the key of the row at hand, which is delivered when all events are that the batch holds now.
+func (d *Decoder) addRow(t *table, batch *event.Batch) {
+	if len(t.rowKey) == 0 {
+		return
+	}
+	d.text = d.text[:0]
+	for _, i := range t.rowKey {
+		d.text = event.AppendKey(d.text, d.insert.row[i].data)
+	}
+	batch.Rows = append(batch.Rows, event.Row{Events: len(batch.Events), Table: t.number, Key: batch.Copy(d.text)})
+}
+
+// eventID returns the id that the event of the row at hand has, or nil if that cannot be told.
+func (d *Decoder) eventID(t *table) []byte {
+	if t.buffer.ID != "" {
+		return d.insert.column(t.id)
+	}
+	d.text = d.position.Append(d.text[:0])
+	return d.text
 }
 
 // leaveOut reports whether the destination holds the event of the row at hand already. It compares what comes by with what the
@@ -271,7 +318,7 @@ func (d *Decoder) leaveOut(t *table) (bool, error) {
 	}
 	if through == 0 {
 		d.seen = true
-		if id := d.insert.column(t.id); d.skip.ID != "" && t.id != absent && string(id) != d.skip.ID {
+		if id := d.eventID(t); d.skip.ID != "" && id != nil && string(id) != d.skip.ID {
 			return false, d.positionsChanged(fmt.Sprintf("event %q", id))
 		}
 	}
@@ -290,7 +337,7 @@ func (d *Decoder) leaveOut(t *table) (bool, error) {
 	case d.more < d.skip.More:
 		d.more++
 		d.last = d.position
-	case d.skip.Held != nil && d.skip.Held(d.insert.column(t.id)):
+	case d.skip.Held != nil && d.skip.Held(d.eventID(t)):
 	default:
 		return false, nil
 	}

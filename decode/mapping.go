@@ -28,12 +28,18 @@ type Buffer struct {
 	Key, Headers string
 	// Payload is passed on unchanged.
 	Payload string
+	// RowKey, of a table in which delivery is recorded row by row, are the columns of its primary key: the batch gets their text with every
+	// event, also with one that is left out.
+	RowKey []string
 }
 
 // Managed returns the mapping of the table that ebb setup creates.
 func Managed() Buffer {
 	return Buffer{Schema: "ebb", Table: "buffer", ID: "id", Topic: "topic", Key: "key", Payload: "payload", Headers: "headers"}
 }
+
+// IsManaged reports whether the mapping is of the table that ebb setup creates.
+func (b *Buffer) IsManaged() bool { return b.Schema == "ebb" && b.Table == "buffer" }
 
 // Row is a row of a buffer table that did not come by the slot. Its byte slices hold the text form of the columns; nil is NULL.
 type Row struct {
@@ -137,6 +143,44 @@ type table struct {
 	buffer                           *Buffer
 	id, topic, key, payload, headers int
 	contentType                      string
+	// number is that of the buffer, and rowKey are the columns of its RowKey.
+	number int
+	rowKey []int
+	// err, unless nil, says why no event can be made of a row. One that is left out need not be one: the columns may have had other names
+	// when it was delivered.
+	err error
+}
+
+// unreadable returns a table of whose rows no event can be made, with what can be told of it nevertheless.
+func unreadable(m *relationMessage, buffer *Buffer, err error) *table {
+	t := &table{name: string(m.namespace) + "." + string(m.name), columns: len(m.columns), buffer: buffer, err: err}
+	t.id = m.find(buffer.ID)
+	return t
+}
+
+// resolveRowKey finds the columns of the buffer's RowKey.
+func (t *table) resolveRowKey(m *relationMessage) {
+	for _, name := range t.buffer.RowKey {
+		i := m.find(name)
+		if i == absent {
+			t.rowKey = nil
+			if t.err == nil {
+				t.err = fmt.Errorf("%w: %s: column %q of the primary key is not in the publication; run ebb setup", ErrMapping, t.name, name)
+			}
+			return
+		}
+		t.rowKey = append(t.rowKey, i)
+	}
+}
+
+// find returns the number of a column, or absent.
+func (m *relationMessage) find(name string) int {
+	for i := range m.columns {
+		if name != "" && string(m.columns[i].name) == name {
+			return i
+		}
+	}
+	return absent
 }
 
 // newTable resolves the columns of buffer, which may be nil, in the relation. See typeName for types.
