@@ -42,6 +42,9 @@ type migration struct {
 // Setup describes what `ebb setup` brings about in the database, the slot apart.
 type Setup struct {
 	Publication string
+	// Slot is whose tables these are. Tables, if there are any, are what it carries; none stand for the managed one.
+	Slot   string
+	Tables []Table
 	// Keep is how long delivered rows stay in the buffer.
 	Keep time.Duration
 }
@@ -86,10 +89,8 @@ func Apply(ctx context.Context, db *pgx.Conn, s Setup) ([]string, error) {
 		if changed {
 			done = append(done, "spread the buffer's buckets over twice "+s.Keep.String())
 		}
-		line, err := applyPublication(ctx, tx, s.Publication)
-		if line != "" {
-			done = append(done, line)
-		}
+		lines, err := applyTables(ctx, tx, s)
+		done = append(done, lines...)
 		return err
 	})
 	if err != nil {
@@ -110,7 +111,7 @@ func Script(s Setup, serverVersion int) (string, error) {
 		fmt.Fprintf(&b, "\n-- migration %s\n%s\n%s;\n", m.name, strings.TrimSpace(m.sql), insertVersion(m))
 	}
 	fmt.Fprintf(&b, "\n-- views\n%s\n", strings.TrimSpace(views))
-	fmt.Fprintf(&b, "\n%s;\n\n%s;\n\nCOMMIT;\n", bucketDefault(s.Keep), createPublication(s.Publication, serverVersion))
+	fmt.Fprintf(&b, "\n%s;\n\n%s;\n\nCOMMIT;\n", bucketDefault(s.Keep), createPublication(s.Publication, serverVersion, true, nil))
 	return b.String(), nil
 }
 
