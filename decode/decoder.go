@@ -25,6 +25,11 @@ type Config struct {
 	Buffers []Buffer
 	// Skip is what the destination holds already.
 	Skip Skip
+	// LookUp, unless nil, is asked for types by their OIDs, with all that they are made of, for tables whose whole row is the payload. What it
+	// returns is to be what the catalog says now. Its error ends the Decode.
+	LookUp func(oids []uint32) (Types, error)
+	// Token is what tells messages of ebb.emit from those of others; see [Decoder.Decode]. Without it, no message is an event.
+	Token []byte
 	// Seen, unless nil, is called with the id of every row of the managed table that comes by, left out or not. The slice is valid during the
 	// call.
 	Seen func(id []byte)
@@ -57,8 +62,10 @@ type Skipped struct {
 	Unmapped uint64
 	// Updates, Deletes and Truncates are no events. A publication of inserts alone sends none.
 	Updates, Deletes, Truncates uint64
-	// Messages counts logical decoding messages (pg_logical_emit_message).
+	// Messages counts logical decoding messages (pg_logical_emit_message) that are none of ebb's business.
 	Messages uint64
+	// Forged counts messages with ebb's prefix that ebb.emit has not written.
+	Forged uint64
 }
 
 // Decoder turns the messages of one replication connection, pgoutput protocol version 1, into events. It is used by one goroutine
@@ -66,6 +73,8 @@ type Skipped struct {
 type Decoder struct {
 	epochs  event.Epochs
 	buffers []Buffer
+	lookUp  func(oids []uint32) (Types, error)
+	token   []byte
 	skipped Skipped
 
 	skip Skip
@@ -84,12 +93,14 @@ type Decoder struct {
 	time     time.Time
 
 	insert insertMessage // scratch, so that an insert takes no memory
-	text   []byte        // scratch as well
+	id     []byte        // of an event whose position is its id
+	text   []byte        // of the key of a row
 }
 
 // New returns a Decoder that stands before the first message of a connection.
 func New(cfg Config) *Decoder {
-	d := &Decoder{epochs: cfg.Epochs, buffers: append([]Buffer(nil), cfg.Buffers...), skip: cfg.Skip, see: cfg.Seen}
+	d := &Decoder{epochs: cfg.Epochs, buffers: append([]Buffer(nil), cfg.Buffers...), lookUp: cfg.LookUp, token: cfg.Token, skip: cfg.Skip,
+		see: cfg.Seen}
 	if len(d.buffers) == 0 {
 		d.buffers = []Buffer{Managed()}
 	}
@@ -117,7 +128,7 @@ func (d *Decoder) SkippedMore() (uint64, event.Position) { return d.more, d.last
 // Decode decodes one message, and appends the event that it gives, if any, to the batch. The end of a transaction marks the batch
 // with the transaction's end LSN. Decode keeps nothing of msg. The batch may be another one in every call.
 //
-// An error wraps [ErrMalformed], [ErrMapping] or [ErrRow]. The batch holds the events before it, complete; d must be Reset.
+// An error wraps [ErrMalformed], [ErrMapping] or [ErrRow], or is that of Config.LookUp. The batch holds the events before it, complete; d must be Reset.
 func (d *Decoder) Decode(msg []byte, batch *event.Batch) error {
 	if len(msg) == 0 {
 		return fmt.Errorf("%w: it is empty", ErrMalformed)
@@ -134,7 +145,7 @@ func (d *Decoder) Decode(msg []byte, batch *event.Batch) error {
 	case 'Y':
 		return d.decodeType(msg)
 	case 'M':
-		return d.decodeMessage(msg)
+		return d.decodeMessage(msg, batch)
 	case 'O':
 		_, err := parseOrigin(msg)
 		return err
@@ -209,6 +220,11 @@ func (d *Decoder) decodeRelation(msg []byte) error {
 	if t.err != nil && !d.mayLeaveOut() {
 		return t.err
 	}
+	if t.row != nil {
+		if err := d.readTypes(t); err != nil {
+			return err
+		}
+	}
 	d.tables[m.id] = t
 	return nil
 }
@@ -259,7 +275,7 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 		d.see(m.column(t.id))
 	}
 	if !d.passed || d.more < d.skip.More || d.skip.Held != nil {
-		left, err := d.leaveOut(t)
+		left, err := d.leaveOut(d.rowID(t))
 		if left {
 			d.addRow(t, batch)
 		}
@@ -279,7 +295,13 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 	row := Row{
 		ID: m.column(t.id), Topic: m.column(t.topic), Key: m.column(t.key),
 		Payload: m.column(t.payload), Headers: m.column(t.headers),
-		Time: d.time, Position: d.position,
+		Time: d.time, Position: d.position, hex: t.hex,
+	}
+	if t.row != nil {
+		var err error
+		if row.Payload, err = d.encodeRow(t); err != nil {
+			return err
+		}
 	}
 	if err := t.buffer.append(batch, &row, t.contentType, event.Streamed); err != nil {
 		return err
@@ -300,25 +322,30 @@ func (d *Decoder) addRow(t *table, batch *event.Batch) {
 	batch.Rows = append(batch.Rows, event.Row{Events: len(batch.Events), Table: t.number, Key: batch.Copy(d.text)})
 }
 
-// eventID returns the id that the event of the row at hand has, or nil if that cannot be told.
-func (d *Decoder) eventID(t *table) []byte {
-	if t.buffer.ID != "" {
-		return d.insert.column(t.id)
+// rowID returns the id of the event of the row at hand, or nil if that cannot be told.
+func (d *Decoder) rowID(t *table) []byte {
+	if t.buffer.ID == "" {
+		return d.positionID()
 	}
-	d.text = d.position.Append(d.text[:0])
-	return d.text
+	return d.insert.column(t.id)
 }
 
-// leaveOut reports whether the destination holds the event of the row at hand already. It compares what comes by with what the
-// destination is known to hold.
-func (d *Decoder) leaveOut(t *table) (bool, error) {
+// positionID returns the id of an event whose position is its id, valid until it is called again.
+func (d *Decoder) positionID() []byte {
+	d.id = d.position.Append(d.id[:0])
+	return d.id
+}
+
+// leaveOut reports whether the destination holds the event at hand already. It compares what comes by with what the destination is known to
+// hold.
+func (d *Decoder) leaveOut(id []byte) (bool, error) {
 	through := d.position.Compare(d.skip.Through)
 	if d.position.Compare(d.skip.Since) > 0 && through <= 0 {
 		d.counted++
 	}
 	if through == 0 {
 		d.seen = true
-		if id := d.eventID(t); d.skip.ID != "" && id != nil && string(id) != d.skip.ID {
+		if d.skip.ID != "" && id != nil && string(id) != d.skip.ID {
 			return false, d.positionsChanged(fmt.Sprintf("event %q", id))
 		}
 	}
@@ -337,7 +364,7 @@ func (d *Decoder) leaveOut(t *table) (bool, error) {
 	case d.more < d.skip.More:
 		d.more++
 		d.last = d.position
-	case d.skip.Held != nil && d.skip.Held(d.eventID(t)):
+	case d.skip.Held != nil && d.skip.Held(id):
 	default:
 		return false, nil
 	}
@@ -356,21 +383,6 @@ func (m *insertMessage) column(i int) []byte {
 		return nil
 	}
 	return m.row[i].data
-}
-
-// decodeMessage counts a logical message, so that the positions behind it stay the same when messages become events. One that
-// is not transactional belongs to no transaction: it comes when it is decoded, between two of them.
-func (d *Decoder) decodeMessage(msg []byte) error {
-	m, err := parseMessage(msg)
-	if err != nil {
-		return err
-	}
-	d.skipped.Messages++
-	if !m.transactional {
-		return nil
-	}
-	d.position.Index++
-	return d.needTransaction('M')
 }
 
 func (d *Decoder) needTransaction(kind byte) error {

@@ -1,6 +1,7 @@
 package decode
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"time"
@@ -16,7 +17,7 @@ var (
 )
 
 // Buffer says which columns of a table make an event. ID, Topic, Key, Payload and Headers are column names. The columns ID and
-// Topic may have any type, in whose text form they are taken; Payload is json, jsonb, text or varchar, Headers json or jsonb,
+// Topic may have any type, in whose text form they are taken; Payload is json, jsonb, text, varchar or bytea, Headers json or jsonb,
 // or a domain over one of these.
 type Buffer struct {
 	Schema, Table string
@@ -26,8 +27,10 @@ type Buffer struct {
 	Topic, TopicValue string
 	// Key and Headers may be left out.
 	Key, Headers string
-	// Payload is passed on unchanged.
+	// Payload is passed on unchanged, of bytea the bytes. Without it, the whole row is the payload, as JSON; see [RowEncoder].
 	Payload string
+	// ContentType is the media type of a payload in text, varchar or bytea; "" stands for text/plain or application/octet-stream.
+	ContentType string
 	// RowKey, of a table in which delivery is recorded row by row, are the columns of its primary key: the batch gets their text with every
 	// event, also with one that is left out.
 	RowKey []string
@@ -44,8 +47,13 @@ func (b *Buffer) IsManaged() bool { return b.Schema == "ebb" && b.Table == "buff
 // Row is a row of a buffer table that did not come by the slot. Its byte slices hold the text form of the columns; nil is NULL.
 type Row struct {
 	ID, Topic, Key, Payload, Headers []byte
-	// PayloadType is the OID of the payload column's type.
+	// PayloadType is the OID of the payload column's type, of a domain that of its base type.
 	PayloadType uint32
+	// Values, where the whole row is the payload, are what Encoder makes the payload of.
+	Values  [][]byte
+	Encoder *RowEncoder
+	// hex says that Payload is that of a bytea.
+	hex bool
 	// Time is when the row was created.
 	Time time.Time
 	// Position is that of the event before it.
@@ -56,13 +64,21 @@ type Row struct {
 // position, its time, and its origin, which is [event.Recovered]. It keeps none of row's memory. The error wraps [ErrRow] or
 // [ErrMapping]; the batch's events are unchanged then.
 func (b *Buffer) AppendRow(batch *event.Batch, row Row) error {
-	if b.ID == "" {
-		return fmt.Errorf("%w: %s has no id column, so what it holds cannot be recovered", ErrMapping, b.name())
+	if b.ID == "" && row.ID == nil {
+		return fmt.Errorf("%w: %s has no id column, and a row that is recovered has no position of its own", ErrMapping, b.name())
+	}
+	if b.Payload == "" {
+		var err error
+		if row.Payload, err = row.Encoder.payload(row.Values); err != nil {
+			return b.encodeError(&row, err)
+		}
+		return b.append(batch, &row, jsonType, event.Recovered)
 	}
 	contentType, err := b.contentType(typeName(row.PayloadType, nil))
 	if err != nil {
 		return err
 	}
+	row.hex = row.PayloadType == oidBytea
 	return b.append(batch, &row, contentType, event.Recovered)
 }
 
@@ -72,7 +88,7 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 		Position: row.Position, Time: row.Time.UTC(), Origin: origin, ContentType: contentType,
 	}
 	switch {
-	case b.ID == "":
+	case b.ID == "" && row.ID == nil:
 		var id [64]byte
 		e.ID = batch.Copy(row.Position.Append(id[:0]))
 	case row.ID == nil:
@@ -91,9 +107,13 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 	if row.Payload == nil {
 		return b.nullColumn(row, b.Payload)
 	}
-	e.Key, e.Payload = batch.Copy(row.Key), batch.Copy(row.Payload)
+	var err error
+	if e.Key = batch.Copy(row.Key); !row.hex {
+		e.Payload = batch.Copy(row.Payload)
+	} else if e.Payload, err = unhex(batch, row.Payload); err != nil {
+		return b.rowError(row, "column %q: %v", b.Payload, err)
+	}
 	if row.Headers != nil {
-		var err error
 		if e.Headers, err = appendHeaders(batch, row.Headers); err != nil {
 			return b.rowError(row, "column %q: %v", b.Headers, err)
 		}
@@ -108,11 +128,13 @@ func (b *Buffer) name() string { return b.Schema + "." + b.Table }
 func (b *Buffer) contentType(typeName string) (string, error) {
 	switch typeName {
 	case "json", "jsonb":
-		return "application/json", nil
+		return jsonType, nil
 	case "text", "varchar":
-		return "text/plain; charset=utf-8", nil
+		return cmp.Or(b.ContentType, "text/plain; charset=utf-8"), nil
+	case "bytea":
+		return cmp.Or(b.ContentType, "application/octet-stream"), nil
 	}
-	return "", b.badType(b.Payload, typeName, "json, jsonb, text or varchar") // bytea comes later
+	return "", b.badType(b.Payload, typeName, "json, jsonb, text, varchar or bytea")
 }
 
 func (b *Buffer) badType(column, is, want string) error {
@@ -132,6 +154,9 @@ func (b *Buffer) rowError(row *Row, format string, args ...any) error {
 	return fmt.Errorf("%w: %s: row %s: %s", ErrRow, b.name(), at, fmt.Sprintf(format, args...))
 }
 
+// jsonType is the media type of JSON.
+const jsonType = "application/json"
+
 // absent stands for the number of a column that the mapping leaves out.
 const absent = -1
 
@@ -143,6 +168,10 @@ type table struct {
 	buffer                           *Buffer
 	id, topic, key, payload, headers int
 	contentType                      string
+	// hex says that the payload is bytea.
+	hex bool
+	// row, unless nil, makes the payload of the whole row.
+	row *wholeRow
 	// number is that of the buffer, and rowKey are the columns of its RowKey.
 	number int
 	rowKey []int
@@ -189,9 +218,6 @@ func newTable(m *relationMessage, buffer *Buffer, types map[uint32]string) (*tab
 	if buffer == nil {
 		return t, nil
 	}
-	if buffer.Payload == "" {
-		return nil, fmt.Errorf("%w: %s: the whole row as payload is not available yet; name a payload column", ErrMapping, t.name)
-	}
 	if buffer.Topic == "" && buffer.TopicValue == "" {
 		return nil, fmt.Errorf("%w: %s: there is no topic; name a topic column or give a value", ErrMapping, t.name)
 	}
@@ -215,8 +241,14 @@ func newTable(m *relationMessage, buffer *Buffer, types map[uint32]string) (*tab
 	if err != nil {
 		return nil, err
 	}
-	if t.contentType, err = buffer.contentType(typeName(m.columns[t.payload].typeID, types)); err != nil {
-		return nil, err
+	if t.payload == absent {
+		t.contentType, t.row = jsonType, newWholeRow(m)
+	} else {
+		name := typeName(m.columns[t.payload].typeID, types)
+		if t.contentType, err = buffer.contentType(name); err != nil {
+			return nil, err
+		}
+		t.hex = name == "bytea"
 	}
 	if t.headers != absent {
 		if name := typeName(m.columns[t.headers].typeID, types); name != "json" && name != "jsonb" {
@@ -229,16 +261,16 @@ func newTable(m *relationMessage, buffer *Buffer, types map[uint32]string) (*tab
 // typeName returns the name of a type, "json" for the built-in one and "app.json" for another. The names in announced are those
 // of Type messages, which give a domain the name of its base type.
 func typeName(id uint32, announced map[uint32]string) string {
-	switch id { // OIDs that are the same in every database (src/include/catalog/pg_type.dat)
-	case 17:
+	switch id {
+	case oidBytea:
 		return "bytea"
-	case 25:
+	case oidText:
 		return "text"
-	case 114:
+	case oidJSON:
 		return "json"
-	case 1043:
+	case oidVarchar:
 		return "varchar"
-	case 3802:
+	case oidJSONB:
 		return "jsonb"
 	}
 	if name, ok := announced[id]; ok {
