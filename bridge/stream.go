@@ -42,6 +42,7 @@ type leader struct {
 	system  replication.System
 	carried *carried
 	record  sql.SlotRecord
+	own     *ownTables
 	// slot is what the stream starts from.
 	slot replication.Slot
 
@@ -71,7 +72,7 @@ func (l *leader) start(ctx context.Context, s step) error {
 	}
 	l.Logger.Info("streaming", "slot", l.Slot, "from", l.slot.ConfirmedFlush, "delivered", s.last.Position)
 	l.from = s.last
-	cfg := decode.Config{Epochs: l.record.Epochs, Skip: s.skip}
+	cfg := decode.Config{Epochs: l.record.Epochs, Buffers: l.own.buffers, Skip: s.skip}
 	if l.witness != nil {
 		cfg.Seen = l.witness.see
 	}
@@ -100,6 +101,10 @@ func (l *leader) stream(stop, ctx context.Context) error {
 	g.Go(func() error {
 		defer cancel()
 		return l.tick(running)
+	})
+	g.Go(func() error {
+		defer cancel()
+		return l.markRows(running)
 	})
 	g.Go(func() error {
 		err := l.read(stop, running, in)
@@ -178,6 +183,12 @@ func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.
 	if more, position := l.decoder.SkippedMore(); more > 0 {
 		last = sink.Progress{Position: position, Sequence: l.from.Sequence + more}
 	}
+	// Rows that are delivered faster than they are marked are not to fill the memory.
+	if room := l.tracker.room(); room != nil {
+		if err := l.out.Wait(ctx, room); err != nil {
+			return err
+		}
+	}
 	confirmed := l.tracker.hand(batch, skipped-l.skipped, last)
 	l.skipped = skipped
 	l.out.Confirm(confirmed.write, confirmed.flush)
@@ -207,12 +218,31 @@ func (l *leader) drain(ctx context.Context, sunk <-chan struct{}) error {
 		case <-ctx.Done():
 		}
 	}
+	if err == nil {
+		err = l.drainRows(ctx)
+	}
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("the sink had not delivered %d events after %s", l.tracker.snapshot().waiting, drainTimeout)
 	}
 	if errors.Is(err, context.Canceled) {
 		return nil
 	}
+	return err
+}
+
+// drainRows waits for the rows of what is delivered to be marked or deleted, and keeps the replication connection alive meanwhile. Rows that
+// somebody else has locked are left for the next start.
+func (l *leader) drainRows(ctx context.Context) error {
+	waiting, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		l.awaitMarkedOrLocked(waiting)
+	}()
+	err := l.out.Wait(ctx, done)
+	cancel()
+	<-done
 	return err
 }
 

@@ -36,7 +36,7 @@ func (l *leader) tick(ctx context.Context) error {
 		if delivered := l.tracker.snapshot().delivered; delivered != recorded {
 			recorded, stored, due, pause, waited = delivered, 0, true, 1, 0
 		}
-		tick, publication, err := sql.BeginTick(ctx, l.db, l.Publication)
+		tick, publication, err := sql.BeginTick(ctx, l.db, l.Publication, Tables(l.Buffers)...)
 		if err != nil {
 			return ignoreEnd(ctx, err)
 		}
@@ -50,6 +50,10 @@ func (l *leader) tick(ctx context.Context) error {
 		waited = 0
 		now, ok := l.awaitDelivered(ctx, tick.LSN)
 		if !ok {
+			return nil
+		}
+		// So rows that are delivered and not marked stand behind the newest tick in the stream.
+		if !l.awaitMarked(ctx, now.delivered) {
 			return nil
 		}
 		if err := l.checkWitness(ctx, tick); err != nil {
@@ -84,7 +88,7 @@ func (l *leader) checkPublication(ctx context.Context, p sql.Publication) error 
 	if err := p.Check(); err != nil {
 		return err
 	}
-	if l.record.Publication == "" || p.Mark == l.record.Publication {
+	if l.record.Publication == "" || sql.SamePublication(l.record.Publication, p.Mark) {
 		return nil
 	}
 	if err := sql.RemakeSlot(ctx, l.db, l.record, publicationChanged, true); err != nil {

@@ -71,7 +71,7 @@ type OwnTable struct {
 	keyTypes []string
 	// All are the columns that a slot sends when it sends all of them, in order.
 	All []string
-	// rows and undelivered are for a table that is marked: what a mark sets the column to, and the condition of a row without one.
+	// mark is what a mark sets the column to, and unmarked the condition of a row t without one.
 	mark, unmarked string
 
 	owned, integerID bool
@@ -169,7 +169,7 @@ func inspect(ctx context.Context, db querier, t Table) (OwnTable, error) {
 			"(start: all): add one, or write start: now", ErrTable, &t)
 	}
 	if t.Delivered == Mark {
-		column := pgx.Identifier{t.Recorded}.Sanitize()
+		column := "t." + quoteIdent(t.Recorded)
 		switch category[t.Recorded] {
 		case "D":
 			o.mark, o.unmarked = "clock_timestamp()", column+" IS NULL"
@@ -289,7 +289,7 @@ func CheckRights(ctx context.Context, db querier, own []OwnTable) error {
 	return nil
 }
 
-// Undelivered is a condition on rows of the table, in SQL: those whose events a new slot would pass over. It is "" when there are none. Of
+// Undelivered is a condition on a row t of the table, in SQL: those whose events a new slot would pass over. It is "" when there are none. Of
 // a table that the slot has carried before, rows that are kept are told by nothing, so that none of them count.
 func (o *OwnTable) Undelivered(started bool) string {
 	switch {
@@ -303,7 +303,7 @@ func (o *OwnTable) Undelivered(started bool) string {
 
 // AnyQuery is a statement that returns one row and column, t or f: whether the condition holds for any row.
 func (o *OwnTable) AnyQuery(condition string) string {
-	return fmt.Sprintf("SELECT EXISTS (SELECT FROM %s WHERE %s)", o.ident(), condition)
+	return fmt.Sprintf("SELECT EXISTS (SELECT FROM %s t WHERE %s)", o.ident(), condition)
 }
 
 // RowsQuery is a statement that returns the rows for which the condition holds, by primary key or else by id: first the columns of the
@@ -316,7 +316,8 @@ func (o *OwnTable) RowsQuery(condition string) string {
 	if len(order) == 0 {
 		order = []string{o.ID}
 	}
-	return fmt.Sprintf("SELECT %s FROM %s WHERE %s ORDER BY %s", quoteIdents(slices.Concat(o.Key, columns)), o.ident(), condition, quoteIdents(order))
+	return fmt.Sprintf("SELECT t.%s FROM %s t WHERE %s ORDER BY t.%s", strings.Join(quoted(slices.Concat(o.Key, columns)), ", t."), o.ident(), condition,
+		strings.Join(quoted(order), ", t."))
 }
 
 // Started returns which of the tables the slot carries already.
@@ -356,12 +357,14 @@ func ownNames(own []OwnTable) (schemas, tables []string) {
 	return names(own, func(o *OwnTable) *Table { return &o.Table })
 }
 
-func quoteIdents(names []string) string {
+func quoteIdents(names []string) string { return strings.Join(quoted(names), ", ") }
+
+func quoted(names []string) []string {
 	quoted := make([]string, len(names))
 	for i, name := range names {
 		quoted[i] = quoteIdent(name)
 	}
-	return strings.Join(quoted, ", ")
+	return quoted
 }
 
 // applyTables has the bridge carry the tables: rights, publication, and nothing put into a managed table that it does not carry.
