@@ -174,7 +174,7 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 		<-held
 	}()
 
-	l := &leader{Config: cfg, db: db, carried: carried}
+	l := &leader{Config: cfg, db: db, carried: carried, lockPID: lock.PgConn().PID()}
 	defer l.closeConn()
 	if l.own, err = inspectOwn(ctx, db, &cfg); err != nil {
 		return err
@@ -185,7 +185,10 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 		}
 		defer closeQuietly(l.own.db)
 	}
-	err = l.connect(ctx, lock.PgConn().PID())
+	err = l.connect(ctx)
+	if err == nil {
+		l.token, err = sql.MessageToken(ctx, db)
+	}
 	if err == nil {
 		l.record, err = sql.TakeTerm(ctx, db, cfg.Slot)
 	}
@@ -211,21 +214,21 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 }
 
 // connect opens the replication connection, to the same server as that of the session which holds the lock.
-func (l *leader) connect(ctx context.Context, lockPID uint32) error {
+func (l *leader) connect(ctx context.Context) error {
 	var err error
 	if l.conn, err = replication.Connect(ctx, l.Postgres, l.Slot); err != nil {
 		return err
 	}
-	replicates, err := l.conn.SharesServer(ctx, lockPID)
+	replicates, err := l.conn.SharesServer(ctx, l.lockPID)
 	if err != nil {
 		return err
 	}
-	queries, err := sql.SharesServer(ctx, l.db, lockPID)
+	queries, err := sql.SharesServer(ctx, l.db, l.lockPID)
 	if err != nil {
 		return err
 	}
 	if l.own.db != nil && queries {
-		if queries, err = sql.SharesServer(ctx, l.own.db, lockPID); err != nil {
+		if queries, err = sql.SharesServer(ctx, l.own.db, l.lockPID); err != nil {
 			return err
 		}
 	}

@@ -43,6 +43,10 @@ type leader struct {
 	carried *carried
 	record  sql.SlotRecord
 	own     *ownTables
+	// lockPID is the process id of the session that holds the lock.
+	lockPID uint32
+	// token is that of messages which are events.
+	token []byte
 	// slot is what the stream starts from.
 	slot replication.Slot
 
@@ -72,7 +76,8 @@ func (l *leader) start(ctx context.Context, s step) error {
 	}
 	l.Logger.Info("streaming", "slot", l.Slot, "from", l.slot.ConfirmedFlush, "delivered", s.last.Position)
 	l.from = s.last
-	cfg := decode.Config{Epochs: l.record.Epochs, Buffers: l.own.buffers, Skip: s.skip}
+	cfg := decode.Config{Epochs: l.record.Epochs, Buffers: l.own.buffers, Skip: s.skip, Token: l.token}
+	cfg.LookUp = func(oids []uint32) (decode.Types, error) { return l.lookUp(ctx, oids) }
 	if l.witness != nil {
 		cfg.Seen = l.witness.see
 	}
@@ -124,6 +129,7 @@ func (l *leader) read(stop, ctx context.Context, in chan<- *event.Batch) error {
 
 	batch := event.NewBatch()
 	var said decode.Skipped
+	var forged uint64
 	for behind := false; ; {
 		if err := l.out.Fill(reading, behind); err != nil {
 			return err
@@ -160,6 +166,7 @@ func (l *leader) read(stop, ctx context.Context, in chan<- *event.Batch) error {
 		}
 		batch = event.NewBatch()
 		said = l.saySkipped(l.decoder.Skipped(), said)
+		forged = l.sayForged(l.decoder.Skipped(), forged)
 	}
 }
 

@@ -3,6 +3,7 @@ package sql_test
 import (
 	"context"
 	"errors"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -29,13 +30,23 @@ func apply(t *testing.T, db *pgtest.Database, s sql.Setup) []string {
 	return done
 }
 
+// migrations is how many there are.
+func migrations(t *testing.T) int {
+	t.Helper()
+	files, err := filepath.Glob("migrations/*.sql")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("found migrations %q, %v", files, err)
+	}
+	return len(files)
+}
+
 func TestApplyIsIdempotentAndMends(t *testing.T) {
 	db := pgtest.New(t)
 	conn := db.Connect(t)
 	if err := sql.Check(t.Context(), conn); !errors.Is(err, sql.ErrNoSchema) || !strings.Contains(err.Error(), "run ebb setup") {
 		t.Fatalf("before setup: %v", err)
 	}
-	if done := apply(t, db, setup); len(done) < 3 {
+	if done := apply(t, db, setup); len(done) != migrations(t)+1 {
 		t.Fatalf("first setup did %q", done)
 	}
 	if err := sql.Check(t.Context(), conn); err != nil {
@@ -181,7 +192,7 @@ func TestDropRemovesEverything(t *testing.T) {
 	if n := pgtest.Value[int64](t, db, "SELECT count(*) FROM pg_namespace WHERE nspname = 'ebb'"); n != 0 {
 		t.Error("the schema is still there")
 	}
-	if done := apply(t, db, setup); len(done) < 3 {
+	if done := apply(t, db, setup); len(done) != migrations(t)+1 {
 		t.Errorf("setup after teardown did %q", done)
 	}
 }
