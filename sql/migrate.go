@@ -111,8 +111,24 @@ func Script(s Setup, serverVersion int) (string, error) {
 		fmt.Fprintf(&b, "\n-- migration %s\n%s\n%s;\n", m.name, strings.TrimSpace(m.sql), insertVersion(m))
 	}
 	fmt.Fprintf(&b, "\n-- views\n%s\n", strings.TrimSpace(views))
-	fmt.Fprintf(&b, "\n%s;\n\n%s;\n\nCOMMIT;\n", bucketDefault(s.Keep), createPublication(s.Publication, serverVersion, true, nil))
+	fmt.Fprintf(&b, "\n%s;\n\n%s\nCOMMIT;\n", bucketDefault(s.Keep), scriptPublication(s, serverVersion))
 	return b.String(), nil
+}
+
+// scriptPublication is the statement that makes the publication. What it takes of tables of one's own, and which rights on them have to be
+// granted, follows from their primary keys.
+func scriptPublication(s Setup, serverVersion int) string {
+	var own []string
+	for _, t := range orManaged(s.Tables) {
+		if !t.Managed() {
+			own = append(own, t.ident())
+		}
+	}
+	if len(own) == 0 {
+		return createPublication(s.Publication, serverVersion, true, nil) + ";\n"
+	}
+	return fmt.Sprintf("-- Setup looks up %s, makes publication %s of what is needed of them, and grants ebb_bridge what it needs on them.\n",
+		strings.Join(own, ", "), quoteIdent(s.Publication))
 }
 
 // Check returns ErrNoSchema, with what to do, unless the schema is the one that this program knows.

@@ -52,7 +52,7 @@ func newSetup(a *app) *cobra.Command {
 }
 
 func setupOf(cfg *config.Config) sql.Setup {
-	return sql.Setup{Publication: cfg.Publication, Keep: cfg.Recorded.Keep}
+	return sql.Setup{Publication: cfg.Publication, Slot: cfg.Slot, Tables: bridge.Tables(buffersOf(cfg)), Keep: cfg.Recorded.Keep}
 }
 
 func printSetup(w io.Writer, cfg *config.Config) error {
@@ -87,7 +87,8 @@ func setup(ctx context.Context, w io.Writer, cfg *config.Config, log *slog.Logge
 	if err != nil {
 		return err
 	}
-	made, err := bridge.EnsureSlot(ctx, db, bridge.Config{Postgres: cfg.Postgres, Slot: cfg.Slot, Publication: cfg.Publication, Logger: log})
+	made, err := bridge.EnsureSlot(ctx, db, bridge.Config{Postgres: cfg.Postgres, Slot: cfg.Slot, Publication: cfg.Publication,
+		Buffers: buffersOf(cfg), Logger: log})
 	if made {
 		done = append(done, "created slot "+cfg.Slot)
 	}
