@@ -137,9 +137,6 @@ const (
 // markRows marks or deletes the rows of delivered events: when a tick asks for it, and when there are many. It is never in the way of
 // delivery. When a row is locked, others are not held up.
 func (l *leader) markRows(ctx context.Context) error {
-	if l.own.db == nil {
-		return nil
-	}
 	retry := time.NewTicker(retryLocked)
 	defer retry.Stop()
 	said := false

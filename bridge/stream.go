@@ -107,10 +107,12 @@ func (l *leader) stream(stop, ctx context.Context) error {
 		defer cancel()
 		return l.tick(running)
 	})
-	g.Go(func() error {
-		defer cancel()
-		return l.markRows(running)
-	})
+	if l.own.db != nil {
+		g.Go(func() error {
+			defer cancel()
+			return l.markRows(running)
+		})
+	}
 	g.Go(func() error {
 		err := l.read(stop, running, in)
 		close(in)
@@ -228,10 +230,10 @@ func (l *leader) drain(ctx context.Context, sunk <-chan struct{}) error {
 	if err == nil {
 		err = l.drainRows(ctx)
 	}
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) && l.tracker.snapshot().waiting > 0 {
 		return fmt.Errorf("the sink had not delivered %d events after %s", l.tracker.snapshot().waiting, drainTimeout)
 	}
-	if errors.Is(err, context.Canceled) {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return nil
 	}
 	return err

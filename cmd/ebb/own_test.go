@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -265,25 +266,29 @@ func TestOwnTableSurvivesKills(t *testing.T) {
 	forEach(t, func(t *testing.T, r ready, server *natstest.Server) {
 		s := newOwnSite(t, r, server.URL())
 		s.setup(t)
-		const rows = 2000
-		added := make(chan struct{})
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		added := make(chan error, 1)
 		go func() {
-			defer close(added)
-			conn, err := pgx.Connect(t.Context(), s.db.URL)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			defer conn.Close(t.Context())
-			for range rows {
-				if _, err := conn.Exec(t.Context(), s.row(s.next)); err != nil {
-					t.Error(err)
-					return
+			added <- func() error {
+				conn, err := pgx.Connect(t.Context(), s.db.URL)
+				if err != nil {
+					return err
 				}
-				s.next++
-			}
+				defer conn.Close(t.Context())
+				for ctx.Err() == nil {
+					for range 1 + s.next%7 {
+						if _, err := conn.Exec(t.Context(), s.row(s.next)); err != nil {
+							return err
+						}
+						s.next++
+					}
+					time.Sleep(time.Millisecond)
+				}
+				return nil
+			}()
 		}()
-		for i := range 8 {
+		for i := range 9 {
 			bridge := s.run(t)
 			time.Sleep(time.Duration(250+70*i) * time.Millisecond)
 			bridge.kill()
@@ -291,9 +296,13 @@ func TestOwnTableSurvivesKills(t *testing.T) {
 				s.dropSlot()
 			}
 		}
-		<-added
-		bridge := s.run(t)
-		delivered(t, server, 60*time.Second, rows)
+		bridge := s.streaming(t)
+		cancel()
+		if err := <-added; err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%d rows", s.next-1)
+		delivered(t, server, 60*time.Second, s.next-1)
 		s.recorded(0)
 		bridge.stop(t)
 		s.once(server)
