@@ -55,7 +55,7 @@ func (c *Config) carriesManaged() bool { return sql.HasManaged(Tables(c.Buffers)
 // ownTables are the tables of one's own, and how their rows are marked.
 type ownTables struct {
 	tables []sql.OwnTable
-	// buffers are all, and markers those of tables whose rows are marked or deleted, both by the numbers that the decoder uses.
+	// buffers are all of them, and markers those of tables whose rows are marked or deleted, both by the numbers that the decoder uses.
 	buffers []decode.Buffer
 	markers []*sql.Marker
 	// db is the session that marks, or nil when there is nothing to mark.
@@ -77,6 +77,7 @@ func inspectOwn(ctx context.Context, db *pgxConn, cfg *Config) (*ownTables, erro
 		b := cfg.Buffers[i].Buffer
 		var marker *sql.Marker
 		if !b.IsManaged() {
+			b.NotNumber = rest[0].MixesWithNumbers
 			if marker = rest[0].Marker(); marker != nil {
 				b.RowKey = rest[0].Key
 			}
@@ -106,7 +107,9 @@ func (o *ownTables) mark(ctx context.Context, rows []trackedRow) ([]trackedRow, 
 	var locked []trackedRow
 	for table, rows := range byTable {
 		var keys [][]string
-		for _, row := range rows {
+		xids := make([]int64, len(rows))
+		for i, row := range rows {
+			xids[i] = int64(row.xid)
 			for i, rest := 0, row.key; len(rest) > 0; i++ {
 				var column []byte
 				column, rest = event.SplitKey(rest)
@@ -116,7 +119,7 @@ func (o *ownTables) mark(ctx context.Context, rows []trackedRow) ([]trackedRow, 
 				keys[i] = append(keys[i], string(column))
 			}
 		}
-		numbers, err := o.markers[table].Mark(ctx, o.db, keys)
+		numbers, err := o.markers[table].Mark(ctx, o.db, keys, xids)
 		if err != nil {
 			return nil, err
 		}

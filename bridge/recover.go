@@ -25,7 +25,7 @@ const recoverBytes = 1 << 20
 // error: the facts are others then.
 func (l *leader) recover(ctx context.Context, f *facts) error {
 	managed := l.carriesManaged()
-	if managed {
+	if managed || l.record.OwnPending {
 		if err := l.awaitVisible(ctx); err != nil {
 			return err
 		}

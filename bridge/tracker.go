@@ -29,6 +29,7 @@ type tracker struct {
 	// the lowest number of events in all of them, or noRow.
 	rows, taken, locked []trackedRow
 	unmarked            uint64
+	rowBytes            int
 	// due wakes who marks rows.
 	due chan struct{}
 	// roomy, unless nil, is closed when there is room for more rows.
@@ -39,14 +40,16 @@ type tracker struct {
 type trackedRow struct {
 	events uint64
 	table  int
-	key    []byte
+	// xid is the id of its transaction, without the epoch; 0 if every query sees it.
+	xid uint32
+	key []byte
 }
 
 // noRow says that there is no row to be marked.
 const noRow = math.MaxUint64
 
-// maxRows bounds the rows that wait to be marked. Past it, reading waits.
-const maxRows = 100_000
+// maxRows and maxRowBytes bound the rows that wait to be marked, and their keys. Past them, reading waits.
+const maxRows, maxRowBytes = 100_000, 16 << 20
 
 // mark says: once so many events are delivered, everything before first is, and so is everything before last, as no event stands
 // between. It stands for the end of a transaction or for a keepalive's position, and for those that follow it.
@@ -86,7 +89,8 @@ func (t *tracker) hand(b *event.Batch, skipped uint64, last sink.Progress) confi
 	}
 	for _, row := range b.Rows {
 		events := t.handed + uint64(row.Events)
-		t.rows = append(t.rows, trackedRow{events: events, table: row.Table, key: bytes.Clone(row.Key)})
+		t.rows = append(t.rows, trackedRow{events: events, table: row.Table, xid: row.XID, key: bytes.Clone(row.Key)})
+		t.rowBytes += len(row.Key)
 		t.unmarked = min(t.unmarked, events)
 	}
 	t.handed += uint64(len(b.Events))
@@ -173,6 +177,12 @@ func (t *tracker) take(most int, again bool) []trackedRow {
 func (t *tracker) marked(locked []trackedRow) confirmation {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	for _, row := range t.taken {
+		t.rowBytes -= len(row.key)
+	}
+	for _, row := range locked {
+		t.rowBytes += len(row.key)
+	}
 	t.taken, t.locked = nil, append(t.locked, locked...)
 	t.unmarked = noRow
 	if len(t.rows) > 0 {
@@ -181,7 +191,7 @@ func (t *tracker) marked(locked []trackedRow) confirmation {
 	for _, row := range t.locked {
 		t.unmarked = min(t.unmarked, row.events)
 	}
-	if t.roomy != nil && len(t.rows)+len(t.locked) < maxRows {
+	if t.roomy != nil && t.hasRoom() {
 		close(t.roomy)
 		t.roomy = nil
 	}
@@ -209,11 +219,15 @@ func (t *tracker) hasDue() bool {
 	return len(t.taken) > 0 || len(t.rows) > 0 && t.rows[0].events <= t.delivered
 }
 
+func (t *tracker) hasRoom() bool {
+	return len(t.rows)+len(t.taken)+len(t.locked) < maxRows && t.rowBytes < maxRowBytes
+}
+
 // room returns nil if there is room for more rows, or else a channel that is closed when there is.
 func (t *tracker) room() <-chan struct{} {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if len(t.rows)+len(t.taken)+len(t.locked) < maxRows {
+	if t.hasRoom() {
 		return nil
 	}
 	if t.roomy == nil {

@@ -91,6 +91,7 @@ type Decoder struct {
 	open     bool           // a transaction has begun and not ended
 	position event.Position // of the row or message that came last
 	time     time.Time
+	xid      uint32
 
 	insert insertMessage // scratch, so that an insert takes no memory
 	id     []byte        // of an event whose position is its id
@@ -175,7 +176,7 @@ func (d *Decoder) decodeBegin(msg []byte) error {
 	if d.open {
 		return malformed('B', 0, "transaction %s has not ended", d.position.Commit)
 	}
-	d.open, d.time = true, pgTime(m.time)
+	d.open, d.time, d.xid = true, pgTime(m.time), m.xid
 	d.position = event.Position{Epoch: d.epochs.At(m.final), Commit: m.final}
 	return nil
 }
@@ -319,7 +320,7 @@ func (d *Decoder) addRow(t *table, batch *event.Batch) {
 	for _, i := range t.rowKey {
 		d.text = event.AppendKey(d.text, d.insert.row[i].data)
 	}
-	batch.Rows = append(batch.Rows, event.Row{Events: len(batch.Events), Table: t.number, Key: batch.Copy(d.text)})
+	batch.Rows = append(batch.Rows, event.Row{Events: len(batch.Events), Table: t.number, XID: d.xid, Key: batch.Copy(d.text)})
 }
 
 // rowID returns the id of the event of the row at hand, or nil if that cannot be told.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"ebb/event"
@@ -34,6 +35,8 @@ type Buffer struct {
 	// RowKey, of a table in which delivery is recorded row by row, are the columns of its primary key: the batch gets their text with every
 	// event, also with one that is left out.
 	RowKey []string
+	// NotNumber says that the id must not be a number, as those of another buffer are.
+	NotNumber bool
 }
 
 // Managed returns the mapping of the table that ebb setup creates.
@@ -93,6 +96,9 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 		e.ID = batch.Copy(row.Position.Append(id[:0]))
 	case row.ID == nil:
 		return b.nullColumn(row, b.ID)
+	case b.NotNumber && isRowNumber(row.ID):
+		return b.rowError(row, "column %q is a number, and so are the ids of another buffer, so that one event could be taken for the other: "+
+			"use a uuid, or put something before it", b.ID)
 	default:
 		e.ID = batch.Copy(row.ID)
 	}
@@ -120,6 +126,12 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 	}
 	batch.Events = append(batch.Events, e)
 	return nil
+}
+
+// isRowNumber reports whether an id reads like that of a row whose ids are numbers.
+func isRowNumber(id []byte) bool {
+	_, err := strconv.ParseInt(string(id), 10, 64)
+	return err == nil
 }
 
 func (b *Buffer) name() string { return b.Schema + "." + b.Table }

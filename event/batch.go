@@ -19,6 +19,8 @@ type Row struct {
 	Events int
 	// Table is the number of its table among those of the decoder.
 	Table int
+	// XID is the id of its transaction, without the epoch. The row may be decoded before a query sees it.
+	XID uint32
 	// Key is the text of the columns that tell the row from the others of its table, as [AppendKey] joins them.
 	Key []byte
 }

@@ -42,8 +42,9 @@ func (o *OwnTable) Marker() *Marker {
 		return nil
 	}
 	var arrays, columns, match []string
+	arrays, columns = append(arrays, "$1::bigint[]"), append(columns, "x")
 	for i, key := range o.Key {
-		arrays = append(arrays, fmt.Sprintf("$%d::text[]::%s[]", i+1, o.keyTypes[i]))
+		arrays = append(arrays, fmt.Sprintf("$%d::text[]::%s[]", i+2, o.keyTypes[i]))
 		columns = append(columns, fmt.Sprintf("c%d", i))
 		match = append(match, fmt.Sprintf("t.%s = k.c%d", quoteIdent(key), i))
 	}
@@ -53,26 +54,32 @@ func (o *OwnTable) Marker() *Marker {
 		condition = o.unmarked
 		record = fmt.Sprintf("UPDATE %s t SET %s = %s FROM due JOIN k USING (n) WHERE %s", o.ident(), quoteIdent(o.Recorded), o.mark, on)
 	}
-	// The last query sees the rows as they were before the statement: what is there and was not taken, somebody else has locked.
+	// The last query sees the rows as they were before the statement: what is there and was not taken, somebody else has locked. What is not there
+	// may be of a transaction that is decoded already and that no query sees yet.
 	return &Marker{table: o.Table, columns: len(o.Key), statement: fmt.Sprintf(`WITH k AS MATERIALIZED (
 			SELECT * FROM unnest(%[1]s) WITH ORDINALITY k(%[2]s, n)
 		), due AS MATERIALIZED (
 			SELECT k.n FROM k JOIN %[3]s t ON %[4]s WHERE %[5]s FOR UPDATE OF t SKIP LOCKED
 		), record AS (%[6]s)
-		SELECT k.n FROM k JOIN %[3]s t ON %[4]s WHERE %[5]s AND NOT EXISTS (SELECT FROM due WHERE due.n = k.n)`,
+		SELECT k.n FROM k JOIN %[3]s t ON %[4]s WHERE %[5]s AND NOT EXISTS (SELECT FROM due WHERE due.n = k.n)
+		UNION
+		SELECT k.n FROM k, LATERAL (SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint) s(xmax), LATERAL (SELECT (s.xmax - k.x) & 4294967295) d(age)
+		WHERE k.x <> 0 AND NOT pg_visible_in_snapshot((s.xmax - d.age + CASE WHEN d.age < 2147483648 THEN 0 ELSE 4294967296 END)::text::xid8,
+			pg_current_snapshot())
+		ORDER BY n`,
 		strings.Join(arrays, ", "), strings.Join(columns, ", "), o.ident(), on, condition, record)}
 }
 
 // Mark marks or deletes the rows with the given keys: for each column of the primary key, the text of its values. A row that is gone, or is
-// marked already, is done. It returns the numbers of those that somebody else has locked. The error wraps [ErrMark] if it would be the same
-// again.
-func (m *Marker) Mark(ctx context.Context, db *pgx.Conn, keys [][]string) ([]int, error) {
+// marked already, is done. The xids are those of the rows' transactions, without the epoch, or 0. It returns the numbers of those that somebody
+// else has locked, or that cannot be seen yet. The error wraps [ErrMark] if it would be the same again.
+func (m *Marker) Mark(ctx context.Context, db *pgx.Conn, keys [][]string, xids []int64) ([]int, error) {
 	if len(keys) != m.columns || m.columns == 0 {
 		return nil, fmt.Errorf("mark rows of %s: %d columns for a primary key of %d", &m.table, len(keys), m.columns)
 	}
-	args := make([]any, len(keys))
+	args := []any{xids}
 	for i := range keys {
-		args[i] = keys[i]
+		args = append(args, keys[i])
 	}
 	rows, err := db.Query(ctx, m.statement, args...)
 	var locked []int64
@@ -95,12 +102,15 @@ func (m *Marker) Mark(ctx context.Context, db *pgx.Conn, keys [][]string) ([]int
 			}
 			return numbers, nil
 		case pg.Code == "42501": // insufficient_privilege
-			err = fmt.Errorf("%w: %s: %w; run ebb setup, which grants what is needed", ErrMark, &m.table, err)
+			err = fmt.Errorf("%w: %w; run ebb setup, which grants what is needed", ErrMark, err)
+		case tableChanged(pg.Code):
+			// The table is looked at again by the next attempt. What a server says of a statement for good must not be in the chain.
+			return nil, fmt.Errorf("%s delivered rows of %s, which has changed: %v", m.verb(), &m.table, err)
 		case permanentMark(pg.Code):
-			err = fmt.Errorf("%w: %s: %w", ErrMark, &m.table, err)
+			err = fmt.Errorf("%w: %w", ErrMark, err)
 		}
 	}
-	return nil, fmt.Errorf("%s delivered rows: %w", m.verb(), err)
+	return nil, fmt.Errorf("%s delivered rows of %s: %w", m.verb(), &m.table, err)
 }
 
 func (m *Marker) verb() string {
@@ -108,6 +118,15 @@ func (m *Marker) verb() string {
 		return "delete"
 	}
 	return "mark"
+}
+
+// tableChanged reports whether a statement may have failed because the table is not what it was when the statement was made.
+func tableChanged(code string) bool {
+	switch code {
+	case "42703", "42P01", "42883", "42804", "42846", "22P02", "22007": // undefined column, table and function; other types; unreadable values
+		return true
+	}
+	return false
 }
 
 // permanentMark reports whether a statement would fail again: because of the table, of what is in it, or of a trigger.

@@ -153,7 +153,10 @@ func Check(ctx context.Context, db *pgx.Conn) error {
 
 // Drop removes the publication, the schema and, where nothing else needs them, the roles. All that is in the buffer is lost.
 func Drop(ctx context.Context, db *pgx.Conn, publication string) ([]string, error) {
-	var done []string
+	done, err := revokeOwn(ctx, db)
+	if err != nil {
+		return nil, fmt.Errorf("tear down: %w", withHint(err))
+	}
 	for _, st := range []struct{ exists, sql, line string }{
 		{"SELECT EXISTS (SELECT FROM pg_publication WHERE pubname = $1)", "DROP PUBLICATION " + quoteIdent(publication), "dropped publication " + publication},
 		{"SELECT $1 <> '' AND to_regnamespace('ebb') IS NOT NULL", "DROP SCHEMA ebb CASCADE", "dropped schema ebb"},
@@ -181,6 +184,34 @@ func Drop(ctx context.Context, db *pgx.Conn, publication string) ([]string, erro
 			return done, fmt.Errorf("tear down: drop role %s: %w", role, withHint(err))
 		}
 		done = append(done, "dropped role "+role)
+	}
+	return done, nil
+}
+
+// revokeOwn takes back the rights on tables of one's own, which would keep the role from being dropped.
+func revokeOwn(ctx context.Context, db *pgx.Conn) ([]string, error) {
+	var exists bool
+	if err := db.QueryRow(ctx, "SELECT to_regclass('ebb.own_table') IS NOT NULL AND to_regrole('ebb_bridge') IS NOT NULL").Scan(&exists); err != nil || !exists {
+		return nil, err
+	}
+	rows, err := db.Query(ctx, `SELECT DISTINCT format('%I.%I', o.schema, o.name), format('%I', o.schema) FROM ebb.own_table o
+		WHERE to_regclass(format('%I.%I', o.schema, o.name)) IS NOT NULL ORDER BY 1`)
+	if err != nil {
+		return nil, err
+	}
+	var table, schema string
+	var statements, done []string
+	if _, err := pgx.ForEachRow(rows, []any{&table, &schema}, func() error {
+		statements = append(statements, "REVOKE ALL ON "+table+" FROM ebb_bridge", "REVOKE USAGE ON SCHEMA "+schema+" FROM ebb_bridge")
+		done = append(done, "took back the rights on "+table)
+		return nil
+	}); err != nil {
+		return nil, err
+	}
+	for _, st := range statements {
+		if _, err := db.Exec(ctx, st); err != nil {
+			return nil, err
+		}
 	}
 	return done, nil
 }

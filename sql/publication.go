@@ -120,14 +120,19 @@ func giveUp(ctx context.Context, tx pgx.Tx, s Setup) (string, error) {
 	rows, err := tx.Query(ctx, `DELETE FROM ebb.own_table o WHERE slot = $1
 			AND NOT EXISTS (SELECT FROM unnest($2::text[], $3::text[]) t(schema, name) WHERE (t.schema, t.name) = (o.schema, o.name))
 		RETURNING format('%I.%I', schema, name), EXISTS (SELECT FROM pg_publication_tables p
-			WHERE (p.pubname, p.schemaname, p.tablename) = ($4, o.schema, o.name))`, s.Slot, schemas, tables, s.Publication)
+			WHERE (p.pubname, p.schemaname, p.tablename) = ($4, o.schema, o.name)), to_regclass(format('%I.%I', schema, name)) IS NOT NULL`, s.Slot, schemas, tables, s.Publication)
 	if err != nil {
 		return "", fmt.Errorf("give up tables: %w", err)
 	}
 	var lines, published []string
 	var name string
 	var is bool
-	if _, err := pgx.ForEachRow(rows, []any{&name, &is}, func() error {
+	var exists bool
+	var revoke []string
+	if _, err := pgx.ForEachRow(rows, []any{&name, &is, &exists}, func() error {
+		if exists {
+			revoke = append(revoke, name)
+		}
 		lines = append(lines, "gave up table "+name+", which is no buffer any more")
 		if is {
 			published = append(published, name)
@@ -135,6 +140,11 @@ func giveUp(ctx context.Context, tx pgx.Tx, s Setup) (string, error) {
 		return nil
 	}); err != nil {
 		return "", fmt.Errorf("give up tables: %w", err)
+	}
+	for _, table := range revoke {
+		if _, err := tx.Exec(ctx, "REVOKE ALL ON "+table+" FROM ebb_bridge"); err != nil {
+			return "", fmt.Errorf("give up table %s: %w", table, err)
+		}
 	}
 	if !HasManaged(s.Tables) {
 		var is bool

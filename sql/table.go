@@ -75,6 +75,8 @@ type OwnTable struct {
 	mark, unmarked string
 
 	owned, integerID bool
+	// MixesWithNumbers says that the ids of another table are numbers.
+	MixesWithNumbers bool
 }
 
 // Inspect looks up the tables that are not managed, and returns ErrTable, with what to do, for one that cannot be what is wanted of it.
@@ -99,6 +101,9 @@ func Inspect(ctx context.Context, db querier, tables []Table) ([]OwnTable, error
 	if len(integers) > 1 {
 		return nil, fmt.Errorf("%w: the ids of %s are numbers, so that an event of one could be taken for another one's: let all but one of them "+
 			"have an id column of type uuid, or none (leave out id; the event's position is its id then)", ErrTable, strings.Join(integers, " and of "))
+	}
+	for i := range own {
+		own[i].MixesWithNumbers = len(integers) > 0 && !own[i].integerID
 	}
 	return own, nil
 }
@@ -423,13 +428,11 @@ func (o *OwnTable) apply(ctx context.Context, tx pgx.Tx, slot string) ([]string,
 		}
 		done = append(done, fmt.Sprintf("granted %s on %s to ebb_bridge", r, &o.Table))
 	}
-	var started bool
-	if err := tx.QueryRow(ctx, `INSERT INTO ebb.own_table AS o (slot, schema, name) VALUES ($1, $2, $3)
-		ON CONFLICT (slot, schema, name) DO UPDATE SET name = o.name RETURNING started_at IS NOT NULL`, slot, o.Schema, o.Name).
-		Scan(&started); err != nil {
+	noted, err := tx.Exec(ctx, "INSERT INTO ebb.own_table (slot, schema, name) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING", slot, o.Schema, o.Name)
+	if err != nil {
 		return nil, fmt.Errorf("note that %s is carried: %w", &o.Table, err)
 	}
-	if started || o.StartAll || o.Delivered == Keep {
+	if noted.RowsAffected() == 0 || o.StartAll || o.Delivered == Keep {
 		return done, nil
 	}
 	var any bool
