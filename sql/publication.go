@@ -21,13 +21,15 @@ var bufferColumns = []string{"id", "topic", "key", "payload", "headers"}
 // columnListsSince is the first server version (server_version_num) whose publications can name columns.
 const columnListsSince = 150000
 
+// createPublication names the columns of the managed table alone: Postgres refuses to change the type of a column that a publication names, and
+// tables of one's own must be free to change.
 func createPublication(name string, serverVersion int, managed bool, own []OwnTable) string {
 	var tables []string
 	if managed {
 		tables = append(tables, publishedBuffer(serverVersion))
 	}
 	for i := range own {
-		tables = append(tables, own[i].publishedAs(serverVersion))
+		tables = append(tables, own[i].ident())
 	}
 	return fmt.Sprintf("CREATE PUBLICATION %s FOR TABLE %s WITH (publish = 'insert', publish_via_partition_root = true)",
 		quoteIdent(name), strings.Join(tables, ", "))
@@ -38,15 +40,6 @@ func publishedBuffer(serverVersion int) string {
 		return "ebb.buffer"
 	}
 	return "ebb.buffer (" + strings.Join(bufferColumns, ", ") + ")"
-}
-
-// publishedAs is the table with the columns that are needed. A whole row has no list of them, so that new columns follow.
-func (o *OwnTable) publishedAs(serverVersion int) string {
-	columns := o.published()
-	if columns == nil || serverVersion < columnListsSince {
-		return o.ident()
-	}
-	return o.ident() + " (" + quoteIdents(columns) + ")"
 }
 
 // applyPublication creates or mends the publication, and returns a line when it did. The slots that there are have then passed

@@ -190,19 +190,6 @@ func inspect(ctx context.Context, db querier, t Table) (OwnTable, error) {
 	return o, nil
 }
 
-// published are the columns that a slot must send, or nil for all of them.
-func (o *OwnTable) published() []string {
-	if o.WholeRow {
-		return nil
-	}
-	columns := slices.Clone(o.Columns)
-	if o.Delivered != Keep {
-		columns = append(columns, o.Key...)
-	}
-	slices.Sort(columns)
-	return slices.Compact(columns)
-}
-
 // read are the columns that are read from the table itself, by a recovery or for marking, or nil for all of them.
 func (o *OwnTable) read() []string {
 	if o.WholeRow {
@@ -312,10 +299,10 @@ func (o *OwnTable) AnyQuery(condition string) string {
 }
 
 // RowsQuery is a statement that returns the rows for which the condition holds, by primary key or else by id: first the columns of the
-// primary key, then those that a slot sends.
+// primary key, then those of the mapping.
 func (o *OwnTable) RowsQuery(condition string) string {
-	columns, order := o.published(), o.Key
-	if columns == nil {
+	columns, order := o.Columns, o.Key
+	if o.WholeRow {
 		columns = o.All
 	}
 	if len(order) == 0 {
