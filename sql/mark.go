@@ -41,11 +41,12 @@ func (o *OwnTable) Marker() *Marker {
 	if o.Delivered == Keep {
 		return nil
 	}
-	var arrays, columns, match []string
-	arrays, columns = append(arrays, "$1::bigint[]"), append(columns, "x")
+	arrays, columns, values := []string{"$1::bigint[]"}, []string{"x"}, []string{"u.x"}
+	var match []string
 	for i, key := range o.Key {
-		arrays = append(arrays, fmt.Sprintf("$%d::text[]::%s[]", i+2, o.keyTypes[i]))
+		arrays = append(arrays, fmt.Sprintf("$%d::text[]", i+2))
 		columns = append(columns, fmt.Sprintf("c%d", i))
+		values = append(values, fmt.Sprintf("u.c%[1]d::%[2]s AS c%[1]d", i, o.keyTypes[i]))
 		match = append(match, fmt.Sprintf("t.%s = k.c%d", quoteIdent(key), i))
 	}
 	on, condition := strings.Join(match, " AND "), "true"
@@ -57,7 +58,7 @@ func (o *OwnTable) Marker() *Marker {
 	// The last query sees the rows as they were before the statement: what is there and was not taken, somebody else has locked. What is not there
 	// may be of a transaction that is decoded already and that no query sees yet.
 	return &Marker{table: o.Table, columns: len(o.Key), statement: fmt.Sprintf(`WITH k AS MATERIALIZED (
-			SELECT * FROM unnest(%[1]s) WITH ORDINALITY k(%[2]s, n)
+			SELECT %[7]s, u.n FROM unnest(%[1]s) WITH ORDINALITY u(%[2]s, n)
 		), due AS MATERIALIZED (
 			SELECT k.n FROM k JOIN %[3]s t ON %[4]s WHERE %[5]s FOR UPDATE OF t SKIP LOCKED
 		), record AS (%[6]s)
@@ -67,7 +68,7 @@ func (o *OwnTable) Marker() *Marker {
 		WHERE k.x <> 0 AND NOT pg_visible_in_snapshot((s.xmax - d.age + CASE WHEN d.age < 2147483648 THEN 0 ELSE 4294967296 END)::text::xid8,
 			pg_current_snapshot())
 		ORDER BY n`,
-		strings.Join(arrays, ", "), strings.Join(columns, ", "), o.ident(), on, condition, record)}
+		strings.Join(arrays, ", "), strings.Join(columns, ", "), o.ident(), on, condition, record, strings.Join(values, ", "))}
 }
 
 // Mark marks or deletes the rows with the given keys: for each column of the primary key, the text of its values. A row that is gone, or is

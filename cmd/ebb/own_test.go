@@ -4,10 +4,13 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -415,4 +418,49 @@ func TestLockedRow(t *testing.T) {
 		bridge.stop(t)
 		s.once(server)
 	}
+}
+
+// Over HTTP, whoever is killed between delivery and mark sends again what is not marked, and marks it.
+func TestOwnTableOverHTTP(t *testing.T) {
+	var mu sync.Mutex
+	got := map[string]int{}
+	receiver := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		got[r.Header.Get("ce-id")]++
+	}))
+	defer receiver.Close()
+	s := newOwnSite(t, readyMappings[3], receiver.URL)
+	s.setup(t)
+	for i := range 6 {
+		bridge := s.streaming(t)
+		s.add(50)
+		time.Sleep(time.Duration(i*30) * time.Millisecond)
+		bridge.kill()
+	}
+	bridge := s.streaming(t)
+	s.recorded(0)
+	s.confirms(t, 20*time.Second)
+	bridge.stop(t)
+	mu.Lock()
+	defer mu.Unlock()
+	for n := 1; n < s.next; n++ {
+		if got[s.id(n)] == 0 {
+			t.Errorf("row %d was not delivered", n)
+		}
+	}
+}
+
+// setup --print says what it cannot know without the database, and teardown leaves nothing behind.
+func TestOwnTablesSetUpAndTornDown(t *testing.T) {
+	s := newOwnSite(t, readyMappings[3], "stdout")
+	if r := s.ebb(t, "setup", "--print").must(t); !strings.Contains(r.stdout, `Setup looks up "app"."messages"`) || strings.Contains(r.stdout, "CREATE PUBLICATION") {
+		t.Errorf("printed %s", r.stdout)
+	}
+	s.setup(t)
+	s.ebb(t, "teardown", "--yes").must(t)
+	if n := pgtest.Value[int64](t, s.db, "SELECT count(*) FROM information_schema.role_table_grants WHERE grantee = 'ebb_bridge'"); n != 0 {
+		t.Errorf("%d rights are left", n)
+	}
+	s.add(1)
 }
