@@ -222,11 +222,11 @@ func undeliveredOwn(ctx context.Context, db *pgxConn, conn *replication.Conn, cf
 			}
 			continue
 		}
-		any, err := conn.Holds(ctx, o.AnyQuery(condition))
+		found, err := conn.Holds(ctx, o.AnyQuery(condition))
 		if err != nil {
 			return false, fmt.Errorf("look for rows of %s that are not delivered: %w", &o.Table, err)
 		}
-		pending = pending || any
+		pending = pending || found
 	}
 	return pending, nil
 }

@@ -106,7 +106,7 @@ func (m *Marker) Mark(ctx context.Context, db *pgx.Conn, keys [][]string, xids [
 			err = fmt.Errorf("%w: %w; run ebb setup, which grants what is needed", ErrMark, err)
 		case tableChanged(pg.Code):
 			// The table is looked at again by the next attempt. What a server says of a statement for good must not be in the chain.
-			return nil, fmt.Errorf("%s delivered rows of %s, which has changed: %v", m.verb(), &m.table, err)
+			return nil, fmt.Errorf("%s delivered rows of %s, which has changed: %s (SQLSTATE %s)", m.verb(), &m.table, pg.Message, pg.Code)
 		case permanentMark(pg.Code):
 			err = fmt.Errorf("%w: %w", ErrMark, err)
 		}

@@ -234,17 +234,6 @@ func (o *OwnTable) rights() []right {
 	return rights
 }
 
-func (o *OwnTable) grants() []string {
-	var grants []string
-	if rights := o.rights(); rights != nil {
-		grants = append(grants, fmt.Sprintf("GRANT USAGE ON SCHEMA %s TO ebb_bridge", quoteIdent(o.Schema)))
-		for _, r := range rights {
-			grants = append(grants, fmt.Sprintf("GRANT %s ON %s TO ebb_bridge", r, o.ident()))
-		}
-	}
-	return grants
-}
-
 // CheckRights returns ErrTable, with the GRANT that is missing, unless the role of the session may do with the tables what a bridge does.
 func CheckRights(ctx context.Context, db querier, own []OwnTable) error {
 	for i := range own {
@@ -422,11 +411,11 @@ func (o *OwnTable) apply(ctx context.Context, tx pgx.Tx, slot string) ([]string,
 	if noted.RowsAffected() == 0 || o.StartAll || o.Delivered == Keep {
 		return done, nil
 	}
-	var any bool
-	if err := tx.QueryRow(ctx, o.AnyQuery(o.Undelivered(false))).Scan(&any); err != nil {
+	var found bool
+	if err := tx.QueryRow(ctx, o.AnyQuery(o.Undelivered(false))).Scan(&found); err != nil {
 		return nil, fmt.Errorf("look for rows in %s: %w", &o.Table, err)
 	}
-	if any {
+	if found {
 		mend := "mark them yourself before"
 		if o.Delivered == Delete {
 			mend = "delete them yourself before"
