@@ -337,7 +337,7 @@ func (o *ownReader) resolve(ctx context.Context, columns []replication.Column) e
 	var types decode.Types
 	if unknown := types.Unknown(oids); len(unknown) > 0 {
 		var err error
-		if types, err = o.l.lookUp(ctx, unknown); err != nil {
+		if types, _, err = o.l.lookUp(ctx, unknown); err != nil {
 			return err
 		}
 	}

@@ -77,7 +77,7 @@ func (l *leader) start(ctx context.Context, s step) error {
 	l.Logger.Info("streaming", "slot", l.Slot, "from", l.slot.ConfirmedFlush, "delivered", s.last.Position)
 	l.from = s.last
 	cfg := decode.Config{Epochs: l.record.Epochs, Buffers: l.own.buffers, Skip: s.skip, Token: l.token}
-	cfg.LookUp = func(oids []uint32) (decode.Types, error) { return l.lookUp(ctx, oids) }
+	cfg.LookUp = func(oids []uint32) (decode.Types, event.LSN, error) { return l.lookUp(ctx, oids) }
 	if l.witness != nil {
 		cfg.Seen = l.witness.see
 	}

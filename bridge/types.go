@@ -6,37 +6,42 @@ import (
 	"time"
 
 	"ebb/decode"
+	"ebb/event"
 	"ebb/sql"
 )
 
 // lookUpTimeout bounds a look at the catalog. The reader of the stream waits for it, and reports nothing to the server meanwhile.
 const lookUpTimeout = 5 * time.Second
 
-// lookUp returns what the catalog says now of types, and of those that they are made of. It does that in a session of its own: the leader's
-// is used for ticks at the same time.
-func (l *leader) lookUp(ctx context.Context, oids []uint32) (decode.Types, error) {
+// lookUp returns what the catalog says now of types, and of those that they are made of, and where the log ended before that. It asks in a
+// session of its own: the leader's is used for ticks at the same time.
+func (l *leader) lookUp(ctx context.Context, oids []uint32) (decode.Types, event.LSN, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookUpTimeout)
 	defer cancel()
 	db, err := sql.Connect(ctx, l.Postgres, l.Slot)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	defer closeQuietly(db)
 	shares, err := sql.SharesServer(ctx, db, l.lockPID)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	if !shares {
-		return nil, errors.New("the connection for reading types has led to another server")
+		return nil, 0, errors.New("the connection for reading types has led to another server")
+	}
+	asOf, err := sql.EndOfLog(ctx, db)
+	if err != nil {
+		return nil, 0, err
 	}
 	types, missing, err := readTypes(ctx, db, oids)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	if len(missing) > 0 {
 		l.Logger.Warn("types do not exist any more that rows in the slot have; their values are delivered as strings", "oids", missing)
 	}
-	return types, nil
+	return types, asOf, nil
 }
 
 // readTypes returns types as the decoder takes them, and those of the OIDs that the catalog has not: types that were dropped after rows with

@@ -25,9 +25,10 @@ type Config struct {
 	Buffers []Buffer
 	// Skip is what the destination holds already.
 	Skip Skip
-	// LookUp, unless nil, is asked for types by their OIDs, with all that they are made of, for tables whose whole row is the payload. What it
-	// returns is to be what the catalog says now. Its error ends the Decode.
-	LookUp func(oids []uint32) (Types, error)
+	// LookUp, unless nil, is asked for types by their OIDs, with all that they are made of, for tables whose whole row is the payload. It returns
+	// what the catalog says now, and an LSN, read before that, at which the log ended: the transactions of no row before it can have changed
+	// that. Its error ends the Decode.
+	LookUp func(oids []uint32) (Types, event.LSN, error)
 	// Token is what tells messages of ebb.emit from those of others; see [Decoder.Decode]. Without it, no message is an event.
 	Token []byte
 	// Seen, unless nil, is called with the id of every row of the managed table that comes by, left out or not. The slice is valid during the
@@ -73,7 +74,7 @@ type Skipped struct {
 type Decoder struct {
 	epochs  event.Epochs
 	buffers []Buffer
-	lookUp  func(oids []uint32) (Types, error)
+	lookUp  func(oids []uint32) (Types, event.LSN, error)
 	token   []byte
 	skipped Skipped
 

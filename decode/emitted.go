@@ -22,40 +22,49 @@ type emitted struct {
 // parseEmitted reads the content of a message of ebb.emit, behind the token: a byte with the version; topic, key and headers, each behind its length as
 // a big-endian int32, which is -1 for NULL; and the payload, up to the end. All of it is in UTF-8, whatever the encoding of the database is.
 func parseEmitted(content []byte) (m emitted, err error) {
-	bad := func(format string, args ...any) (emitted, error) {
-		return emitted{}, malformed('M', 0, "content of ebb.emit: "+format, args...)
-	}
 	if len(content) == 0 {
-		return bad("it is empty")
+		return emitted{}, badContent("it is empty")
 	}
 	if content[0] != emitVersion {
-		return bad("it has version %d, and this ebb knows %d alone: use a newer one", content[0], emitVersion)
+		return emitted{}, badContent("it has version %d, and this ebb knows %d alone: use a newer one", content[0], emitVersion)
 	}
-	content = content[1:]
-	for _, field := range []struct {
-		name  string
-		value *[]byte
-	}{{"topic", &m.topic}, {"key", &m.key}, {"headers", &m.headers}} {
-		if len(content) < 4 {
-			return bad("%s: needs 4 bytes, has %d", field.name, len(content))
-		}
-		n := int32(binary.BigEndian.Uint32(content))
-		if content = content[4:]; n == -1 {
-			continue
-		}
-		if n < 0 || int64(n) > int64(len(content)) {
-			return bad("%s: has %d bytes, of %d that there are", field.name, n, len(content))
-		}
-		*field.value, content = content[:n:n], content[n:]
+	rest := content[1:]
+	if m.topic, rest, err = emittedField(rest, "topic"); err != nil {
+		return emitted{}, err
 	}
-	if m.topic == nil {
-		return bad("the topic is NULL")
+	if m.key, rest, err = emittedField(rest, "key"); err != nil {
+		return emitted{}, err
 	}
-	if len(content) == 0 {
-		return bad("there is no payload")
+	if m.headers, rest, err = emittedField(rest, "headers"); err != nil {
+		return emitted{}, err
 	}
-	m.payload = content
+	switch {
+	case m.topic == nil:
+		return emitted{}, badContent("the topic is NULL")
+	case len(rest) == 0:
+		return emitted{}, badContent("there is no payload")
+	}
+	m.payload = rest
 	return m, nil
+}
+
+// emittedField takes a value from the front of content; nil is NULL.
+func emittedField(content []byte, name string) (value, rest []byte, err error) {
+	if len(content) < 4 {
+		return nil, nil, badContent("%s: needs 4 bytes, has %d", name, len(content))
+	}
+	n := int32(binary.BigEndian.Uint32(content))
+	if content = content[4:]; n == -1 {
+		return nil, content, nil
+	}
+	if n < 0 || int64(n) > int64(len(content)) {
+		return nil, nil, badContent("%s: has %d bytes, of %d that there are", name, n, len(content))
+	}
+	return content[:n:n], content[n:], nil
+}
+
+func badContent(format string, args ...any) error {
+	return malformed('M', 0, "content of ebb.emit: "+format, args...)
 }
 
 // decodeMessage decodes a logical decoding message, which is an event if ebb.emit has written it. It counts in its transaction in any case. One that

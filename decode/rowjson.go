@@ -18,11 +18,12 @@ type Column struct {
 // drops the white space and the duplicate keys of a json column, which here stays as it is.) It is used by one goroutine at a time.
 //
 // Source: datum_to_jsonb and json_categorize_type in src/backend/utils/adt of Postgres. What it cannot do is to call functions: where a type
-// of one's own, or of an extension other than hstore, has a cast to json, to_jsonb uses that, and here it is the text.
+// of one's own, or of an extension other than hstore, has a cast to json, to_jsonb uses that, and here it is the text. Nor does it see generated
+// columns that the server does not send.
 type RowEncoder struct {
 	columns []encodedColumn
-	// fresh says that the types were read from the catalog for the row at hand: what does not fit them never will.
-	fresh bool
+	// later says that the types are from a later time than the row at hand.
+	later bool
 	// scratch holds what was unquoted, and is used as a stack; row is what payload returned.
 	scratch, row []byte
 }
@@ -359,7 +360,7 @@ func (e *RowEncoder) vector(dst []byte, n *node, text []byte) ([]byte, error) {
 
 // composite appends the row whose text record_out has written.
 //
-// The type may have been altered since. Attributes are added behind the others, so that those which a value lacks are null, as they are for
+// Where the type was altered after that, attributes were added behind the others, so that those which a value lacks are null, as they are for
 // to_jsonb then. Where some were dropped, a value that has all of them is from before that.
 func (e *RowEncoder) composite(dst []byte, n *node, text []byte) ([]byte, error) {
 	start := len(dst)
@@ -367,7 +368,7 @@ func (e *RowEncoder) composite(dst []byte, n *node, text []byte) ([]byte, error)
 	if fits || err != nil {
 		return dst, err
 	}
-	if e.fresh && len(n.all) > len(n.attributes) {
+	if e.later && len(n.all) > len(n.attributes) {
 		if dst, fits, err = e.record(dst[:start], n, n.all, text); fits || err != nil {
 			return dst, err
 		}
@@ -440,7 +441,7 @@ func (e *RowEncoder) record(dst []byte, n *node, attributes []attribute, text []
 		return bad(rest)
 	}
 	for i++; i < len(attributes); i++ {
-		if len(n.all) > len(n.attributes) {
+		if !e.later || len(n.all) > len(n.attributes) {
 			return dst, false, nil
 		}
 		if !empty {

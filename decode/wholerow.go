@@ -12,8 +12,8 @@ import (
 type wholeRow struct {
 	columns []Column
 	encoder *RowEncoder
-	// read is the transaction for whose rows the types were read from the catalog.
-	read event.LSN
+	// asOf is the end of the log when the types were read from the catalog.
+	asOf event.LSN
 	// values are scratch.
 	values [][]byte
 }
@@ -33,9 +33,10 @@ func (d *Decoder) readTypes(t *table) error {
 		oids = append(oids, c.Type)
 	}
 	var types Types
+	var asOf event.LSN
 	if unknown := types.Unknown(oids); len(unknown) > 0 && d.lookUp != nil {
 		var err error
-		if types, err = d.lookUp(unknown); err != nil {
+		if types, asOf, err = d.lookUp(unknown); err != nil {
 			return fmt.Errorf("look up the types of table %s: %w", t.name, err)
 		}
 	}
@@ -43,12 +44,12 @@ func (d *Decoder) readTypes(t *table) error {
 	if err != nil {
 		return fmt.Errorf("table %s: %w", t.name, err)
 	}
-	t.row.encoder, t.row.read = encoder, d.position.Commit
+	t.row.encoder, t.row.asOf = encoder, asOf
 	return nil
 }
 
-// encodeRow returns the row at hand as JSON, valid until the next one is encoded. A composite type may have been altered since its types
-// were read, of which the server does not tell: they are read again then, once in a transaction.
+// encodeRow returns the row at hand as JSON, valid until the next one is encoded. A composite type may have been altered since the types were
+// read, of which the server does not tell: where a value does not fit, they are read again. Then they are from a later time than the row.
 func (d *Decoder) encodeRow(t *table) ([]byte, error) {
 	w := t.row
 	for i := range d.insert.row {
@@ -58,13 +59,13 @@ func (d *Decoder) encodeRow(t *table) ([]byte, error) {
 		}
 		w.values[i] = v.data
 	}
-	w.encoder.fresh = w.read == d.position.Commit
+	w.encoder.later = w.asOf > d.position.Commit
 	payload, err := w.encoder.payload(w.values)
-	if unknown := (*UnknownTypeError)(nil); errors.As(err, &unknown) && !w.encoder.fresh {
+	if changed := (*UnknownTypeError)(nil); errors.As(err, &changed) && !w.encoder.later {
 		if err := d.readTypes(t); err != nil {
 			return nil, err
 		}
-		w.encoder.fresh = true
+		w.encoder.later = w.asOf > d.position.Commit
 		payload, err = w.encoder.payload(w.values)
 	}
 	if err != nil {

@@ -5,6 +5,8 @@ import (
 	"fmt"
 
 	"github.com/jackc/pgx/v5"
+
+	"ebb/event"
 )
 
 // Type is what the catalog says of a type.
@@ -26,6 +28,15 @@ type TypeAttribute struct {
 	Name    string
 	Type    uint32
 	Dropped bool
+}
+
+// EndOfLog returns the LSN at which the log ends.
+func EndOfLog(ctx context.Context, db *pgx.Conn) (event.LSN, error) {
+	var text string
+	if err := db.QueryRow(ctx, "SELECT pg_current_wal_insert_lsn()::text").Scan(&text); err != nil {
+		return 0, fmt.Errorf("read where the log ends: %w", err)
+	}
+	return event.ParseLSN(text)
 }
 
 // ReadTypes returns the types with these OIDs and all that they are made of, in no order. Those that do not exist are left out.
