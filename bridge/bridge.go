@@ -206,6 +206,9 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	if cause := context.Cause(ctx); cause != nil {
 		return cause // of which err is a consequence
 	}
+	if missing := (*decode.MissingColumnError)(nil); errors.As(err, &missing) {
+		return l.outdated(ctx, missing, err)
+	}
 	if errors.Is(err, decode.ErrPositions) {
 		return fmt.Errorf("slot %q against %s: %w. If a table was added to publication %q, take it out. If this database was restored or replaced and "+
 			"is the one to go on with, stop the other one and start once with ebb run --adopt", l.Slot, l.Destination, err, l.Publication)

@@ -231,6 +231,34 @@ func undeliveredOwn(ctx context.Context, db *pgxConn, conn *replication.Conn, cf
 	return pending, nil
 }
 
+// outdated finds out whether rows that lack a column come from before it was added or renamed, so that the mapping fits the table by now. What is
+// not delivered of a table with marks is delivered from the table then, with a slot that is made anew. It returns what the bridge ends with.
+func (l *leader) outdated(ctx context.Context, missing *decode.MissingColumnError, err error) error {
+	// A query that was cancelled has taken the leader's session with it.
+	db, connectErr := sql.Connect(ctx, l.Postgres, l.Slot)
+	if connectErr != nil {
+		return connectErr
+	}
+	defer closeQuietly(db)
+	if now, inspectErr := inspectOwn(ctx, db, &l.Config); inspectErr != nil || len(now.tables) == 0 {
+		return err
+	}
+	if _, publicationErr := sql.CheckPublication(ctx, db, l.Publication, Tables(l.Buffers)...); publicationErr != nil {
+		return err
+	}
+	for _, o := range l.own.tables {
+		if o.Delivered == sql.Keep {
+			return fmt.Errorf("%w. The table has it by now, and the slot holds rows from before. They cannot be delivered from the tables, as rows of %s are kept "+
+				"without a mark: give the column its old name back until they are delivered", err, &o.Table)
+		}
+	}
+	because := fmt.Sprintf("it holds rows of %s.%s from before column %q was there", missing.Schema, missing.Table, missing.Column)
+	if remakeErr := sql.RemakeSlot(ctx, db, l.record, because, false); remakeErr != nil {
+		return errors.Join(err, remakeErr)
+	}
+	return fmt.Errorf("slot %q: %w: %s", l.Slot, sql.ErrNotMade, because)
+}
+
 // errForgot says that the destination has forgotten what was just delivered.
 var errForgot = errors.New("the destination has forgotten")
 

@@ -379,6 +379,56 @@ func TestSchemaChanges(t *testing.T) {
 	eachOnce(t, s.all(), "mapped", inserted+1)
 }
 
+// Rows that were in the slot when a column got another name are delivered from the table.
+func TestRenameWithABacklog(t *testing.T) {
+	t.Parallel()
+	f := newOwnFixture(t, pgtest.New(t), own("mapped", sql.Mark), own("gone", sql.Delete))
+	f.create("mapped", "gone", "kept")
+	f.mustSetup()
+	s := newExactSink()
+	r := f.run(s)
+	f.insert("mapped", 2)
+	s.await(t, 2)
+	r.stop()
+	f.insert("gone", 2)
+	f.insert("mapped", 2)
+	f.db.Exec(t, "ALTER TABLE mapped RENAME COLUMN doc TO body")
+	f.insert("mapped", 2)
+	f.buffers[0].Payload = "body"
+	f.mustSetup()
+	r = f.run(s)
+	f.left(0, "mapped WHERE done_at IS NULL")
+	f.left(0, "gone")
+	r.stop()
+	eachOnce(t, s.all(), "mapped", 6)
+	eachOnce(t, s.all(), "gone", 2)
+
+	// With a table of which nobody would know, they are not given up.
+	f.buffers = append(f.buffers, own("kept", sql.Keep))
+	f.mustSetup()
+	f.run(s).stop()
+	r = f.run(s)
+	f.insert("kept", 1)
+	s.await(t, 9)
+	r.stop()
+	f.insert("kept", 1)
+	f.insert("mapped", 1)
+	f.db.Exec(t, "ALTER TABLE mapped RENAME COLUMN body TO content")
+	f.buffers[0].Payload = "content"
+	f.mustSetup()
+	if err := f.run(s).wait(); !errors.Is(err, decode.ErrMapping) || !strings.Contains(err.Error(), "give the column its old name back") {
+		t.Fatalf("the bridge ended with %v", err)
+	}
+	f.db.Exec(t, "ALTER TABLE mapped RENAME COLUMN content TO body")
+	f.buffers[0].Payload = "body"
+	r = f.run(s)
+	s.await(t, 11)
+	f.left(0, "mapped WHERE done_at IS NULL")
+	r.stop()
+	eachOnce(t, s.all(), "kept", 2)
+	eachOnce(t, s.all(), "mapped", 7)
+}
+
 // What can never work is refused by setup and by a bridge, with what to do.
 func TestOwnTablesThatCannotBe(t *testing.T) {
 	t.Parallel()

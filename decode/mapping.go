@@ -44,6 +44,16 @@ func Managed() Buffer {
 	return Buffer{Schema: "ebb", Table: "buffer", ID: "id", Topic: "topic", Key: "key", Payload: "payload", Headers: "headers"}
 }
 
+// MissingColumnError says that rows come without a column that the mapping needs. It wraps [ErrMapping]. The table may have the column by now:
+// then the rows are from before it was added or renamed.
+type MissingColumnError struct{ Schema, Table, Column string }
+
+func (e *MissingColumnError) Error() string {
+	return fmt.Sprintf("%v: %s.%s: column %q is not in the publication; run ebb setup", ErrMapping, e.Schema, e.Table, e.Column)
+}
+
+func (e *MissingColumnError) Unwrap() error { return ErrMapping }
+
 // IsManaged reports whether the mapping is of the table that ebb setup creates.
 func (b *Buffer) IsManaged() bool { return b.Schema == "ebb" && b.Table == "buffer" }
 
@@ -206,7 +216,7 @@ func (t *table) resolveRowKey(m *relationMessage) {
 		if i == absent {
 			t.rowKey = nil
 			if t.err == nil {
-				t.err = fmt.Errorf("%w: %s: column %q of the primary key is not in the publication; run ebb setup", ErrMapping, t.name, name)
+				t.err = &MissingColumnError{Schema: t.buffer.Schema, Table: t.buffer.Table, Column: name}
 			}
 			return
 		}
@@ -244,7 +254,7 @@ func newTable(m *relationMessage, buffer *Buffer, types map[uint32]string) (*tab
 			}
 		}
 		if err == nil {
-			err = fmt.Errorf("%w: %s: column %q is not in the publication; run ebb setup", ErrMapping, t.name, name)
+			err = &MissingColumnError{Schema: buffer.Schema, Table: buffer.Table, Column: name}
 		}
 		return absent
 	}
