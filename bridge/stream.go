@@ -95,10 +95,13 @@ func (l *leader) stream(stop, ctx context.Context) error {
 	sunk := make(chan struct{})
 	var g errgroup.Group
 	g.Go(func() error {
-		defer cancel()
 		defer close(sunk)
 		err := l.Sink.Run(running, in, l.delivered)
-		if err == nil || running.Err() != nil && errors.Is(err, context.Canceled) {
+		if err == nil {
+			return nil // in is closed, and what was delivered last is still to be marked
+		}
+		defer cancel()
+		if running.Err() != nil && errors.Is(err, context.Canceled) {
 			return nil // another has failed, and its error counts
 		}
 		return &sinkError{err}

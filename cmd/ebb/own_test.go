@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -418,6 +419,29 @@ func TestLockedRow(t *testing.T) {
 		bridge.stop(t)
 		s.once(server)
 	}
+}
+
+// A bridge that is told to stop records what it has delivered before it ends.
+func TestOwnTableIsRecordedAtTheEnd(t *testing.T) {
+	forEach(t, func(t *testing.T, r ready, server *natstest.Server) {
+		s := newOwnSite(t, r, server.URL())
+		data, err := os.ReadFile(s.config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// No tick is to come in time.
+		if err := os.WriteFile(s.config, bytes.ReplaceAll(data, []byte("every: 100ms"), []byte("every: 1m")), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		s.setup(t)
+		bridge := s.streaming(t)
+		s.add(1200)
+		delivered(t, server, 20*time.Second, 1200)
+		bridge.stop(t)
+		if left := pgtest.Value[int64](t, s.db, s.left); left != 0 {
+			t.Errorf("%d rows are not recorded", left)
+		}
+	})
 }
 
 // Over HTTP, whoever is killed between delivery and mark sends again what is not marked, and marks it.
