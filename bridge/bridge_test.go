@@ -450,7 +450,8 @@ func TestNothingFollowsABatchThatWasNotHandedOver(t *testing.T) {
 			}
 			return err == nil, "the walsender does not wait"
 		})
-		f.db.Exec(t, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+		f.db.Exec(t, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND "+
+			"database = (SELECT oid FROM pg_database WHERE datname = current_database())")
 		select {
 		case events := <-s.took:
 			took := ids(t, events)

@@ -28,7 +28,7 @@ func (l *leader) lookUp(ctx context.Context, oids []uint32) (decode.Types, event
 		return nil, 0, err
 	}
 	if !shares {
-		return nil, 0, errors.New("the connection for reading types has led to another server")
+		return nil, 0, errors.New("the session for reading types is on another server than the leader's lock, or that is lost")
 	}
 	asOf, err := sql.EndOfLog(ctx, db)
 	if err != nil {

@@ -29,7 +29,7 @@ type Config struct {
 	// what the catalog says now, and an LSN, read before that, at which the log ended: the transactions of no row before it can have changed
 	// that. Its error ends the Decode.
 	LookUp func(oids []uint32) (Types, event.LSN, error)
-	// Token is what tells messages of ebb.emit from those of others; see [Decoder.Decode]. Without it, no message is an event.
+	// Token is what the messages of ebb.emit, which are events, begin with. Without it, no message is an event.
 	Token []byte
 	// Seen, unless nil, is called with the id of every row of the managed table that comes by, left out or not. The slice is valid during the
 	// call.

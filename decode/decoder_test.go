@@ -170,7 +170,8 @@ func relation(id uint32, columns ...string) []byte {
 	b = binary.BigEndian.AppendUint16(b, uint16(len(columns)))
 	for _, c := range columns {
 		name, typ, _ := strings.Cut(c, " ")
-		oid := map[string]uint32{"int8": 20, "text": 25, "json": 114, "varchar": 1043, "jsonb": 3802, "bytea": 17, "app.doc": 70000, "uuid": 2950}[typ]
+		oid := map[string]uint32{"int8": 20, "text": 25, "json": 114, "varchar": 1043, "jsonb": 3802, "bytea": 17, "app.doc": 70000, "uuid": 2950, "pair": oidPair,
+			"pairs": oidPairs}[typ]
 		b = append(append(append(b, 0), name...), 0)
 		b = append(binary.BigEndian.AppendUint32(b, oid), 0xff, 0xff, 0xff, 0xff)
 	}

@@ -2,7 +2,6 @@ package decode
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"unicode/utf8"
@@ -24,8 +23,8 @@ type RowEncoder struct {
 	columns []encodedColumn
 	// later says that the types are from a later time than the row at hand.
 	later bool
-	// scratch holds what was unquoted, and is used as a stack; row is what payload returned.
-	scratch, row []byte
+	// scratch holds what was unquoted, and is used as a stack; stack is that of validJSON; row is what payload returned.
+	scratch, stack, row []byte
 }
 
 type encodedColumn struct {
@@ -228,7 +227,8 @@ func (e *RowEncoder) value(dst []byte, n *node, text []byte) ([]byte, error) {
 	case asTimestamp, asTimestampTZ:
 		return appendTimestamp(dst, text, n.form == asTimestampTZ), nil
 	case asJSON:
-		if !json.Valid(text) {
+		var valid bool
+		if valid, e.stack = validJSON(text, e.stack); !valid {
 			return dst, syntaxError{n.oid, "JSON", 0}
 		}
 		if !utf8.Valid(text) {

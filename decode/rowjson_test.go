@@ -257,6 +257,35 @@ func fuzzValue(f *testing.F, oids ...uint32) {
 	})
 }
 
+func FuzzValidJSON(f *testing.F) {
+	for _, seed := range []string{
+		`{}`, ` { "a" : [ 1 , -2.5e+3 , "\u00fF\n" , true , false , null , { } , [ ] ] , "" : {"b":[[]]} } `, `"`, `"\x"`, `"\u12g4"`, "\"\n\"", `[1,]`, `{"a"}`,
+		`{"a":}`, `{1:2}`, `{,}`, `[}`, `{]`, `01`, `-`, `1.`, `.5`, `1e`, `nul`, `truefalse`, `1 2`, ``, ` `, `[`, `{"a":1`, `]`, `,`, `1-2`, "\"\xff\"",
+	} {
+		f.Add([]byte(seed))
+	}
+	var stack []byte
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var got bool
+		if got, stack = validJSON(text, stack); got != json.Valid(text) {
+			t.Errorf("%q is valid: %v, says encoding/json: %v", text, got, !got)
+		}
+	})
+}
+
+// Postgres takes JSON that is deeper than encoding/json does.
+func TestDeepJSON(t *testing.T) {
+	const deep = 1 << 20
+	text := strings.Repeat(`[{"a":`, deep) + "1" + strings.Repeat("}]", deep)
+	got, err := encoderOf(t, oidJSON).Append(nil, [][]byte{[]byte(text)})
+	if err != nil || string(got) != `{"v":`+text+"}" {
+		t.Errorf("it became %d bytes, %v", len(got), err)
+	}
+	if _, err := encoderOf(t, oidJSON).Append(nil, [][]byte{[]byte(text[:len(text)-1])}); !errors.Is(err, ErrRow) {
+		t.Errorf("a bracket is missing: %v", err)
+	}
+}
+
 func FuzzScalar(f *testing.F) {
 	fuzzValue(f, oidBool, oidNumeric, oidText, oidJSON, oidTimestamp, oidTimestampTZ)
 }
@@ -270,6 +299,34 @@ func FuzzComposite(f *testing.F) {
 }
 
 func FuzzHStore(f *testing.F) { fuzzValue(f, oidDictType) }
+
+// Whatever the server may send, an event of a whole row or of a message has a payload that is JSON, or there is an error.
+func FuzzDecodeWholeRow(f *testing.F) {
+	before := [][]byte{begin(16), relation(1, "n int8", "doc jsonb", "x text", "p pair", "ps pairs")}
+	f.Add(insert(1, "t5", `t{"a": 1}`, "n", "t(1,x)", `t{"(1,x)"}`))
+	f.Add(insert(1, "u", "b", "t", "n", "n"))
+	f.Add(relation(2, "n int8"))
+	f.Add(message(1, "ebb", emittedContent(emitToken, "t", "k", `{"a": 1}`, "1")))
+	f.Add(message(1, "ebb", emitToken))
+	f.Fuzz(func(t *testing.T, msg []byte) {
+		d, batch := New(Config{Token: emitToken, Buffers: []Buffer{{Schema: "ebb", Table: "buffer", TopicValue: "t"}},
+			LookUp: func([]uint32) (Types, event.LSN, error) { return testTypes, 0, nil }}), event.NewBatch()
+		defer batch.Release()
+		for _, before := range before {
+			if err := d.Decode(before, batch); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Decode(msg, batch); err != nil && !errors.Is(err, ErrMalformed) && !errors.Is(err, ErrMapping) && !errors.Is(err, ErrRow) {
+			t.Errorf("error without a sentinel: %v", err)
+		}
+		for _, e := range batch.Events {
+			if row := msg[0] == 'I'; row && (!json.Valid(e.Payload) || !utf8.Valid(e.Payload)) {
+				t.Errorf("the row is %q", e.Payload)
+			}
+		}
+	})
+}
 
 // benchRow is a row as applications have them.
 func benchRow(tb testing.TB) (*RowEncoder, [][]byte) {

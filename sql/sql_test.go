@@ -557,7 +557,8 @@ func TestRemovalsAreNoted(t *testing.T) {
 	if reach(0) || !reach(first) || !reach(second) {
 		t.Errorf("with the first row removed: %v, %v, %v", reach(0), reach(first), reach(second))
 	}
-	db.Exec(t, "TRUNCATE ebb.buffer_00") // may be empty
+	empty := pgtest.Value[string](t, db, "SELECT 'ebb.buffer_' || to_char((bucket + 8) % 16, 'FM00') FROM ebb.buffer WHERE id = 4")
+	db.Exec(t, "TRUNCATE "+empty)
 	db.Exec(t, "DELETE FROM ebb.buffer WHERE id = 3")
 	if reach(first) || !reach(second) {
 		t.Errorf("with one removed that the second tick saw: %v, %v", reach(first), reach(second))

@@ -6,7 +6,7 @@ CREATE TABLE ebb.message_token (
 INSERT INTO ebb.message_token DEFAULT VALUES;
 REVOKE ALL ON ebb.message_token FROM PUBLIC;
 GRANT SELECT ON ebb.message_token TO ebb_bridge;
-COMMENT ON TABLE ebb.message_token IS 'A secret: whoever knows it can write messages that are delivered as events. It must not be in a row that a producer may read.';
+COMMENT ON TABLE ebb.message_token IS 'A secret: who knows it can write messages that are delivered as events. Who may read the log (REPLICATION) sees it there.';
 
 -- The content is the token; a byte with the version of what follows; topic, key and headers, each behind its length, or -1 for NULL;
 -- and the payload. All text is in UTF-8, as nobody converts what is in a message.
@@ -26,7 +26,8 @@ BEGIN
     END IF;
     -- A message that no slot can read is lost, and nothing would tell.
     IF current_setting('wal_level') <> 'logical' THEN
-        RAISE EXCEPTION 'ebb.emit needs wal_level = logical' USING ERRCODE = 'object_not_in_prerequisite_state';
+        RAISE EXCEPTION 'ebb.emit needs wal_level = logical' USING ERRCODE = 'object_not_in_prerequisite_state',
+            HINT = 'Set it (ALTER SYSTEM SET wal_level = logical) and restart the server, or use ebb.put.';
     END IF;
     RETURN pg_logical_emit_message(true, 'ebb', (SELECT uuid_send(token) FROM ebb.message_token) || '\x01'::bytea
         || int4send(octet_length(topic_bytes)) || topic_bytes
