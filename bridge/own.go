@@ -166,7 +166,7 @@ func (l *leader) markRows(ctx context.Context) error {
 			l.out.Confirm(confirmed.write, confirmed.flush)
 			if len(locked) > 0 && !said {
 				said = true
-				l.Logger.Info("delivered rows are locked by others; they are recorded later, and the log is kept until then", "rows", len(locked))
+				l.Logger.Info("delivered rows are locked by others, or cannot be seen yet; they are recorded later, and the log is kept until then", "rows", len(locked))
 			}
 		}
 	}

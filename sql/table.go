@@ -249,6 +249,13 @@ func CheckRights(ctx context.Context, db querier, own []OwnTable) error {
 			return fmt.Errorf("%w: the bridge may not use schema %s: run ebb setup as its owner, or GRANT USAGE ON SCHEMA %s TO ebb_bridge", ErrTable,
 				o.Schema, quoteIdent(o.Schema))
 		}
+		var hidden bool
+		if err := db.QueryRow(ctx, "SELECT row_security_active(to_regclass($1))", o.ident()).Scan(&hidden); err != nil {
+			return fmt.Errorf("look at the row security of table %s: %w", &o.Table, withHint(err))
+		}
+		if hidden {
+			return fmt.Errorf("%w: the row security of %s may hide rows from the bridge: ALTER ROLE … BYPASSRLS for the role that ebb run logs in as", ErrTable, &o.Table)
+		}
 		for _, r := range o.rights() {
 			columns := r.columns
 			if columns == nil && r.privilege == "SELECT" {

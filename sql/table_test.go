@@ -193,6 +193,10 @@ func TestRightsOnOwnTables(t *testing.T) {
 			t.Errorf("mended by setup: %v", err)
 		}
 	}
+	db.Exec(t, "ALTER TABLE app.gone ENABLE ROW LEVEL SECURITY")
+	missing("BYPASSRLS")
+	db.Exec(t, "ALTER TABLE app.gone DISABLE ROW LEVEL SECURITY")
+
 	// With them, it can do what it has to, and no more.
 	own, err := sql.Inspect(t.Context(), bridge, tables)
 	if err != nil {
