@@ -60,6 +60,10 @@ type facts struct {
 	// reach says that the buffer has all rows that came behind the tick which counts: held if the destination has forgotten something, else
 	// the newest one.
 	reach bool
+	// rowless says that events may be delivered that no row gives again: of own tables, whose rows are marked or deleted then, or never were.
+	rowless bool
+	// snapshot says that this bridge is in the snapshot with which it has made the slot.
+	snapshot bool
 	// lost are events that the destination holds and this database does not. They are looked for when the database's history has changed.
 	lost []lostEvent
 }
@@ -319,6 +323,11 @@ func whatIsForgotten(f *facts) (step, bool) {
 		f.tail.Holds, f.tail.Position, f.tick.StreamSeq, f.tick.Position, forgotten)
 	s := step{action: actRewind, why: what, tick: f.held.ID}
 	s.slotHolds = f.record.Done && f.usable() && f.holds && f.slot.ConfirmedFlush <= f.held.LSN
+	if !s.slotHolds && f.rowless && !f.acceptGap {
+		return halt(fmt.Errorf("%w: %s, and there may have been events among them that nothing but the slot could give again, as the rows of own tables are "+
+			"marked, deleted or not told apart once they are delivered. Restore the stream from a backup; or go on without them by starting once with "+
+			"ebb run --accept-gap", ErrGap, what)), true
+	}
 	if !s.slotHolds && !f.reach && !f.acceptGap {
 		return halt(fmt.Errorf("%w: %s, and rows that were among them have been removed from the buffer since. Restore the stream from a backup; or go "+
 			"on with what the buffer still has, and without the rest, by starting once with ebb run --accept-gap", ErrGap, what)), true
@@ -364,7 +373,9 @@ func whichSlot(f *facts) (step, bool) {
 		if why = f.record.MadeBecause; why == "" {
 			why = "it was not made to the end"
 		}
-	case f.record.Publication != "" && f.record.Publication != f.publication:
+	case f.record.OwnPending && !f.snapshot:
+		why = "rows of own tables are to be delivered from before it, which takes the snapshot with which it is made"
+	case f.record.Publication != "" && !sql.SamePublication(f.record.Publication, f.publication):
 		return step{action: actDistrust, why: publicationChanged}, true
 	case f.doubt == miscounted && f.acceptGap:
 		why = "events are missing in the stream, and are delivered late"

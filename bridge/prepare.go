@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 
 	"ebb/event"
 	"ebb/replication"
@@ -65,7 +64,7 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 			"times_made", l.record.MadeTimes)
 		l.carried.doubt = noDoubt
 		var err error
-		l.record, err = makeSlot(ctx, l.db, l.conn, &l.Config, l.system, l.record.Term, s.why)
+		l.record, err = makeSlot(ctx, l.db, l.conn, &l.Config, l.system, l.record.Term, s.why, l.own.tables)
 		return err
 	case actRecover:
 		return l.recover(ctx, f)
@@ -81,7 +80,8 @@ func (e *haltError) Unwrap() error { return e.err }
 
 // look collects the facts.
 func (l *leader) look(ctx context.Context) (*facts, error) {
-	f := &facts{destination: l.Destination, adopt: l.Adopt, acceptGap: l.AcceptGap, doubt: l.carried.doubt, system: l.system}
+	f := &facts{destination: l.Destination, adopt: l.Adopt, acceptGap: l.AcceptGap, doubt: l.carried.doubt, system: l.system,
+		rowless: len(l.own.tables) > 0, snapshot: l.conn.HasSnapshot()}
 	var err error
 	if f.record, err = sql.ReadSlot(ctx, l.db, l.Slot); err != nil {
 		return nil, err
@@ -91,7 +91,7 @@ func (l *leader) look(ctx context.Context) (*facts, error) {
 	}
 	l.record = f.record
 	f.source = sink.Source{SystemIdentifier: l.system.ID, Database: l.system.Database, Slot: l.Slot, Buffer: f.record.Buffer}
-	publication, err := sql.CheckPublication(ctx, l.db, l.Publication)
+	publication, err := sql.CheckPublication(ctx, l.db, l.Publication, Tables(l.Buffers)...)
 	if err != nil {
 		return nil, err
 	}
@@ -157,7 +157,16 @@ func (l *leader) lookAtTicks(ctx context.Context, f *facts) error {
 	if f.delivered, err = sql.HasDelivered(ctx, l.db, f.record, l.Destination); err != nil {
 		return err
 	}
-	f.reach, err = sql.Reach(ctx, l.db, f.record, tick.ID)
+	return l.lookAtReach(ctx, f, tick.ID)
+}
+
+// lookAtReach finds out whether the managed table, if it is carried, has all rows that came behind a tick.
+func (l *leader) lookAtReach(ctx context.Context, f *facts, tick int64) error {
+	if !l.carriesManaged() {
+		return nil
+	}
+	var err error
+	f.reach, err = sql.Reach(ctx, l.db, f.record, tick)
 	return err
 }
 
@@ -183,8 +192,7 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 				return err
 			}
 		}
-		f.reach, err = sql.Reach(ctx, l.db, f.record, f.held.ID)
-		return err
+		return l.lookAtReach(ctx, f, f.held.ID)
 	}
 	if f.system.ID != f.record.SystemIdentifier {
 		return nil
@@ -204,7 +212,7 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 // does that somebody has made in its place. What the destination holds already has come by.
 func (l *leader) hearWitness(ctx context.Context, f *facts) error {
 	scanner, ok := l.Sink.(sink.Scanner)
-	if !ok || f.slot.ConfirmedFlush <= f.newest.LSN {
+	if !ok || !l.carriesManaged() || f.slot.ConfirmedFlush <= f.newest.LSN {
 		return nil
 	}
 	l.witness = newWitness(f.newest.Snapshot)
@@ -220,17 +228,29 @@ func (l *leader) hearWitness(ctx context.Context, f *facts) error {
 
 // heldBehind returns a function that tells the events which the destination holds behind a sequence number.
 func (l *leader) heldBehind(ctx context.Context, seq uint64) (func(id []byte) bool, error) {
-	held := newHoldings(false)
-	held.messages = map[event.Position]bool{}
-	if err := l.addHeld(ctx, held, seq); err != nil {
+	scanner, ok := l.Sink.(sink.Scanner)
+	if !ok {
+		return nil, nil
+	}
+	numbers, others := idSet{}, map[digest]bool{}
+	if err := scanner.Scan(ctx, seq, func(m sink.Stored) error {
+		if m.Origin == event.Streamed && l.record.Epochs.RuleOut(m.Position) {
+			return nil // of a lost row, whose id another one may have
+		}
+		if id, ok := l.managedID(m.ID); ok {
+			numbers.add(id)
+		} else {
+			others[digestOf(m.ID)] = true
+		}
+		return nil
+	}); err != nil {
 		return nil, err
 	}
 	return func(id []byte) bool {
-		if n, err := strconv.ParseInt(string(id), 10, 64); err == nil {
-			return held.ids.has(n)
+		if n, ok := l.managedID(id); ok {
+			return numbers.has(n)
 		}
-		p, err := event.ParsePosition(string(id))
-		return err == nil && held.messages[p]
+		return others[digestOf(id)]
 	}, nil
 }
 
@@ -255,7 +275,7 @@ func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts,
 			lost = append(lost, e)
 			return nil
 		}
-		if id, err := strconv.ParseInt(e.id, 10, 64); err == nil && f.reach {
+		if id, ok := l.managedID(m.ID); ok && f.reach {
 			others[id] = e
 			ids = append(ids, id)
 		}

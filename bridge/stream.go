@@ -42,6 +42,7 @@ type leader struct {
 	system  replication.System
 	carried *carried
 	record  sql.SlotRecord
+	own     *ownTables
 	// lockPID is the process id of the session that holds the lock.
 	lockPID uint32
 	// token is that of messages which are events.
@@ -77,7 +78,7 @@ func (l *leader) start(ctx context.Context, s step) error {
 	}
 	l.Logger.Info("streaming", "slot", l.Slot, "from", l.slot.ConfirmedFlush, "delivered", s.last.Position)
 	l.from = s.last
-	cfg := decode.Config{Epochs: l.record.Epochs, Skip: s.skip, Token: l.token}
+	cfg := decode.Config{Epochs: l.record.Epochs, Buffers: l.own.buffers, Skip: s.skip, Token: l.token}
 	cfg.LookUp = func(oids []uint32) (decode.Types, event.LSN, error) { return l.lookUp(ctx, oids) }
 	if l.witness != nil {
 		cfg.Seen = l.witness.see
@@ -96,10 +97,13 @@ func (l *leader) stream(stop, ctx context.Context) error {
 	sunk := make(chan struct{})
 	var g errgroup.Group
 	g.Go(func() error {
-		defer cancel()
 		defer close(sunk)
 		err := l.Sink.Run(running, in, l.delivered)
-		if err == nil || running.Err() != nil && errors.Is(err, context.Canceled) {
+		if err == nil {
+			return nil // in is closed, and what was delivered last is still to be marked
+		}
+		defer cancel()
+		if running.Err() != nil && errors.Is(err, context.Canceled) {
 			return nil // another has failed, and its error counts
 		}
 		return &sinkError{err}
@@ -112,6 +116,12 @@ func (l *leader) stream(stop, ctx context.Context) error {
 		g.Go(func() error {
 			defer cancel()
 			return l.collect(running)
+		})
+	}
+	if l.own.db != nil {
+		g.Go(func() error {
+			defer cancel()
+			return l.markRows(running)
 		})
 	}
 	g.Go(func() error {
@@ -193,6 +203,12 @@ func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.
 	if more, position := l.decoder.SkippedMore(); more > 0 {
 		last = sink.Progress{Position: position, Sequence: l.from.Sequence + more}
 	}
+	// Rows that are delivered faster than they are marked are not to fill the memory.
+	if room := l.tracker.room(); room != nil {
+		if err := l.out.Wait(ctx, room); err != nil {
+			return err
+		}
+	}
 	confirmed := l.tracker.hand(batch, skipped-l.skipped, last)
 	l.skipped = skipped
 	l.out.Confirm(confirmed.write, confirmed.flush)
@@ -222,12 +238,31 @@ func (l *leader) drain(ctx context.Context, sunk <-chan struct{}) error {
 		case <-ctx.Done():
 		}
 	}
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	if err == nil {
+		err = l.drainRows(ctx)
+	}
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) && l.tracker.snapshot().waiting > 0 {
 		return fmt.Errorf("the sink had not delivered %d events after %s", l.tracker.snapshot().waiting, drainTimeout)
 	}
-	if errors.Is(err, context.Canceled) {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return nil
 	}
+	return err
+}
+
+// drainRows waits for the rows of what is delivered to be marked or deleted, and keeps the replication connection alive meanwhile. Rows that
+// somebody else has locked are left for the next start.
+func (l *leader) drainRows(ctx context.Context) error {
+	waiting, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		l.awaitMarkedOrLocked(waiting)
+	}()
+	err := l.out.Wait(ctx, done)
+	cancel()
+	<-done
 	return err
 }
 

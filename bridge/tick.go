@@ -39,7 +39,7 @@ func (l *leader) tick(ctx context.Context) error {
 		if delivered := l.tracker.snapshot().delivered; delivered != recorded {
 			recorded, stored, due, pause, waited = delivered, 0, true, 1, 0
 		}
-		tick, publication, err := sql.BeginTick(ctx, l.db, l.Publication)
+		tick, publication, err := sql.BeginTick(ctx, l.db, l.Publication, Tables(l.Buffers)...)
 		if err != nil {
 			return ignoreEnd(ctx, err)
 		}
@@ -54,6 +54,10 @@ func (l *leader) tick(ctx context.Context) error {
 		now, ok, err := l.awaitDelivered(ctx, tick.LSN)
 		if !ok || err != nil {
 			return ignoreEnd(ctx, err)
+		}
+		// So rows that are delivered and not marked stand behind the newest tick in the stream.
+		if !l.awaitMarked(ctx, now.delivered) {
+			return nil
 		}
 		if err := l.checkWitness(ctx, tick); err != nil {
 			return ignoreEnd(ctx, err)
@@ -87,7 +91,7 @@ func (l *leader) checkPublication(ctx context.Context, p sql.Publication) error 
 	if err := p.Check(); err != nil {
 		return err
 	}
-	if l.record.Publication == "" || p.Mark == l.record.Publication {
+	if l.record.Publication == "" || sql.SamePublication(l.record.Publication, p.Mark) {
 		return nil
 	}
 	if err := sql.RemakeSlot(ctx, l.db, l.record, publicationChanged, true); err != nil {

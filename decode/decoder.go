@@ -31,7 +31,8 @@ type Config struct {
 	LookUp func(oids []uint32) (Types, event.LSN, error)
 	// Token is what the messages of ebb.emit, which are events, begin with. Without it, no message is an event.
 	Token []byte
-	// Seen, unless nil, is called with the id of every row that comes by, left out or not. The slice is valid during the call.
+	// Seen, unless nil, is called with the id of every row of the managed table that comes by, left out or not. The slice is valid during the
+	// call.
 	Seen func(id []byte)
 }
 
@@ -91,9 +92,11 @@ type Decoder struct {
 	open     bool           // a transaction has begun and not ended
 	position event.Position // of the row or message that came last
 	time     time.Time
+	xid      uint32
 
 	insert insertMessage // scratch, so that an insert takes no memory
 	id     []byte        // of an event whose position is its id
+	text   []byte        // of the key of a row
 }
 
 // New returns a Decoder that stands before the first message of a connection.
@@ -174,7 +177,7 @@ func (d *Decoder) decodeBegin(msg []byte) error {
 	if d.open {
 		return malformed('B', 0, "transaction %s has not ended", d.position.Commit)
 	}
-	d.open, d.time = true, pgTime(m.time)
+	d.open, d.time, d.xid = true, pgTime(m.time), m.xid
 	d.position = event.Position{Epoch: d.epochs.At(m.final), Commit: m.final}
 	return nil
 }
@@ -201,15 +204,23 @@ func (d *Decoder) decodeRelation(msg []byte) error {
 		return err
 	}
 	var buffer *Buffer
+	number := 0
 	for i := range d.buffers {
 		if b := &d.buffers[i]; string(m.namespace) == b.Schema && string(m.name) == b.Table {
-			buffer = b
+			buffer, number = b, i
 			break
 		}
 	}
 	t, err := newTable(&m, buffer, d.types)
 	if err != nil {
-		return err
+		t = unreadable(&m, buffer, err)
+	}
+	if buffer != nil {
+		t.number = number
+		t.resolveRowKey(&m)
+	}
+	if t.err != nil && !d.mayLeaveOut() {
+		return t.err
 	}
 	if t.row != nil {
 		if err := d.readTypes(t); err != nil {
@@ -218,6 +229,11 @@ func (d *Decoder) decodeRelation(msg []byte) error {
 	}
 	d.tables[m.id] = t
 	return nil
+}
+
+// mayLeaveOut reports whether an event may come by that the destination holds already.
+func (d *Decoder) mayLeaveOut() bool {
+	return !d.passed && !d.skip.Through.IsZero() || d.more < d.skip.More || d.skip.Held != nil
 }
 
 func (d *Decoder) decodeType(msg []byte) error {
@@ -257,13 +273,20 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 		}
 		return nil
 	}
-	if d.see != nil {
+	if d.see != nil && t.buffer.IsManaged() {
 		d.see(m.column(t.id))
 	}
 	if !d.passed || d.more < d.skip.More || d.skip.Held != nil {
-		if left, err := d.leaveOut(d.rowID(t)); left || err != nil {
+		left, err := d.leaveOut(d.rowID(t))
+		if left {
+			d.addRow(t, batch)
+		}
+		if left || err != nil {
 			return err
 		}
+	}
+	if t.err != nil {
+		return t.err
 	}
 	for _, i := range [...]int{t.id, t.topic, t.key, t.payload, t.headers} {
 		if i == absent || m.row[i].kind == text || m.row[i].kind == null {
@@ -282,12 +305,28 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 			return err
 		}
 	}
-	return t.buffer.append(batch, &row, t.contentType, event.Streamed)
+	if err := t.buffer.append(batch, &row, t.contentType, event.Streamed); err != nil {
+		return err
+	}
+	d.addRow(t, batch)
+	return nil
 }
 
-// rowID returns the id of the event of the row at hand.
+// addRow gives the batch the key of the row at hand, which is delivered when all events are that the batch holds now.
+func (d *Decoder) addRow(t *table, batch *event.Batch) {
+	if len(t.rowKey) == 0 {
+		return
+	}
+	d.text = d.text[:0]
+	for _, i := range t.rowKey {
+		d.text = event.AppendKey(d.text, d.insert.row[i].data)
+	}
+	batch.Rows = append(batch.Rows, event.Row{Events: len(batch.Events), Table: t.number, XID: d.xid, Key: batch.Copy(d.text)})
+}
+
+// rowID returns the id of the event of the row at hand, or nil if that cannot be told.
 func (d *Decoder) rowID(t *table) []byte {
-	if t.id == absent {
+	if t.buffer.ID == "" {
 		return d.positionID()
 	}
 	return d.insert.column(t.id)
@@ -308,7 +347,7 @@ func (d *Decoder) leaveOut(id []byte) (bool, error) {
 	}
 	if through == 0 {
 		d.seen = true
-		if d.skip.ID != "" && string(id) != d.skip.ID {
+		if d.skip.ID != "" && id != nil && string(id) != d.skip.ID {
 			return false, d.positionsChanged(fmt.Sprintf("event %q", id))
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"ebb/event"
@@ -31,12 +32,30 @@ type Buffer struct {
 	Payload string
 	// ContentType is the media type of a payload in text, varchar or bytea; "" stands for text/plain or application/octet-stream.
 	ContentType string
+	// RowKey, of a table in which delivery is recorded row by row, are the columns of its primary key: the batch gets their text with every
+	// event, also with one that is left out.
+	RowKey []string
+	// NotNumber says that the id must not be a number, as those of another buffer are.
+	NotNumber bool
 }
 
 // Managed returns the mapping of the table that ebb setup creates.
 func Managed() Buffer {
 	return Buffer{Schema: "ebb", Table: "buffer", ID: "id", Topic: "topic", Key: "key", Payload: "payload", Headers: "headers"}
 }
+
+// MissingColumnError says that rows come without a column that the mapping needs. It wraps [ErrMapping]. The table may have the column by now:
+// then the rows are from before it was added or renamed.
+type MissingColumnError struct{ Schema, Table, Column string }
+
+func (e *MissingColumnError) Error() string {
+	return fmt.Sprintf("%v: %s.%s: column %q is not in the publication; run ebb setup", ErrMapping, e.Schema, e.Table, e.Column)
+}
+
+func (e *MissingColumnError) Unwrap() error { return ErrMapping }
+
+// IsManaged reports whether the mapping is of the table that ebb setup creates.
+func (b *Buffer) IsManaged() bool { return b.Schema == "ebb" && b.Table == "buffer" }
 
 // Row is a row of a buffer table that did not come by the slot. Its byte slices hold the text form of the columns; nil is NULL.
 type Row struct {
@@ -58,8 +77,8 @@ type Row struct {
 // position, its time, and its origin, which is [event.Recovered]. It keeps none of row's memory. The error wraps [ErrRow] or
 // [ErrMapping]; the batch's events are unchanged then.
 func (b *Buffer) AppendRow(batch *event.Batch, row Row) error {
-	if b.ID == "" {
-		return fmt.Errorf("%w: %s has no id column, so what it holds cannot be recovered", ErrMapping, b.name())
+	if b.ID == "" && row.ID == nil {
+		return fmt.Errorf("%w: %s has no id column, and a row that is recovered has no position of its own", ErrMapping, b.name())
 	}
 	if b.Payload == "" {
 		var err error
@@ -82,11 +101,14 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 		Position: row.Position, Time: row.Time.UTC(), Origin: origin, ContentType: contentType,
 	}
 	switch {
-	case b.ID == "":
+	case b.ID == "" && row.ID == nil:
 		var id [64]byte
 		e.ID = batch.Copy(row.Position.Append(id[:0]))
 	case row.ID == nil:
 		return b.nullColumn(row, b.ID)
+	case b.NotNumber && isRowNumber(row.ID):
+		return b.rowError(row, "column %q is a number, and so are the ids of another buffer, so that one event could be taken for the other: "+
+			"use a uuid, or put something before it", b.ID)
 	default:
 		e.ID = batch.Copy(row.ID)
 	}
@@ -114,6 +136,12 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 	}
 	batch.Events = append(batch.Events, e)
 	return nil
+}
+
+// isRowNumber reports whether an id reads like that of a row whose ids are numbers.
+func isRowNumber(id []byte) bool {
+	_, err := strconv.ParseInt(string(id), 10, 64)
+	return err == nil
 }
 
 func (b *Buffer) name() string { return b.Schema + "." + b.Table }
@@ -166,6 +194,44 @@ type table struct {
 	hex bool
 	// row, unless nil, makes the payload of the whole row.
 	row *wholeRow
+	// number is that of the buffer, and rowKey are the columns of its RowKey.
+	number int
+	rowKey []int
+	// err, unless nil, says why no event can be made of a row. One that is left out need not be one: the columns may have had other names
+	// when it was delivered.
+	err error
+}
+
+// unreadable returns a table of whose rows no event can be made, with what can be told of it nevertheless.
+func unreadable(m *relationMessage, buffer *Buffer, err error) *table {
+	t := &table{name: string(m.namespace) + "." + string(m.name), columns: len(m.columns), buffer: buffer, err: err}
+	t.id = m.find(buffer.ID)
+	return t
+}
+
+// resolveRowKey finds the columns of the buffer's RowKey.
+func (t *table) resolveRowKey(m *relationMessage) {
+	for _, name := range t.buffer.RowKey {
+		i := m.find(name)
+		if i == absent {
+			t.rowKey = nil
+			if t.err == nil {
+				t.err = &MissingColumnError{Schema: t.buffer.Schema, Table: t.buffer.Table, Column: name}
+			}
+			return
+		}
+		t.rowKey = append(t.rowKey, i)
+	}
+}
+
+// find returns the number of a column, or absent.
+func (m *relationMessage) find(name string) int {
+	for i := range m.columns {
+		if name != "" && string(m.columns[i].name) == name {
+			return i
+		}
+	}
+	return absent
 }
 
 // newTable resolves the columns of buffer, which may be nil, in the relation. See typeName for types.
@@ -188,7 +254,7 @@ func newTable(m *relationMessage, buffer *Buffer, types map[uint32]string) (*tab
 			}
 		}
 		if err == nil {
-			err = fmt.Errorf("%w: %s: column %q is not in the publication; run ebb setup", ErrMapping, t.name, name)
+			err = &MissingColumnError{Schema: buffer.Schema, Table: buffer.Table, Column: name}
 		}
 		return absent
 	}

@@ -55,6 +55,8 @@ type SlotRecord struct {
 	Destination string
 	// Diverged says that the destination may hold events of the same ids that this database never had.
 	Diverged bool
+	// OwnPending says that rows of own tables from before the slot are to be delivered, in the snapshot with which it was made.
+	OwnPending bool
 	// Adopted names the source, other than this one, whose stream is gone on with, or "".
 	Adopted string
 }
@@ -128,13 +130,15 @@ func OtherSlots(ctx context.Context, db *pgx.Conn, name string) ([]string, error
 }
 
 // RecordSlot stores that a prepared slot was made. From here on, the rows that its snapshot sees and that the newest tick has
-// not recorded are to be delivered from the table.
-func RecordSlot(ctx context.Context, db *pgx.Conn, r SlotRecord, snapshot string, consistentPoint event.LSN) error {
-	return update(ctx, db, r, fmt.Sprintf("record slot %q", r.Name), `UPDATE ebb.slot s SET
+// not recorded are to be delivered from the table; and if r says so, rows of own tables. If not, these have started with the slot.
+func RecordSlot(ctx context.Context, db *pgx.Conn, r SlotRecord, snapshot string, consistentPoint event.LSN, own ...OwnTable) error {
+	schemas, tables := ownNames(own)
+	return update(ctx, db, r, fmt.Sprintf("record slot %q", r.Name), `WITH slot AS (UPDATE ebb.slot s SET
 			snapshot = $3::text::pg_snapshot, consistent_point = $4::text::pg_lsn, created_at = clock_timestamp(), made = made + 1,
-			recovered_id = NULL, recovered_seq = NULL, recovered_events = 0, destination = NULL,
+			recovered_id = NULL, recovered_seq = NULL, recovered_events = 0, destination = NULL, own_pending = $5,
 			recovered_after = (SELECT max(id) FROM ebb.tick WHERE slot = s.name AND system_identifier = s.system_identifier)
-		WHERE name = $1 AND term = $2`, snapshot, consistentPoint.String())
+		WHERE name = $1 AND term = $2 RETURNING *), `+fmt.Sprintf(startTables, "$6", "$7", "NOT slot.own_pending")+`
+		SELECT FROM slot`, snapshot, consistentPoint.String(), r.OwnPending, schemas, tables)
 }
 
 // TakeTerm begins the term of a bridge that has taken the lead, and returns the record of its slot, or ErrNoRecord.
@@ -154,12 +158,13 @@ func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error
 	err := db.QueryRow(ctx, `SELECT (SELECT id::text FROM ebb.identity), system_identifier, timeline, term, coalesce(publication, ''),
 			coalesce(recovered_after, 0), coalesce(recovered_id, 0), coalesce(recovered_seq, 0), recovered_events,
 			snapshot IS NOT NULL, recovered_at IS NOT NULL, made, coalesce(made_because, ''), created_at,
-			coalesce(destination, ''), diverged, coalesce(adopted, ''),
+			coalesce(destination, ''), diverged, coalesce(adopted, ''), own_pending,
 			ARRAY(SELECT epoch FROM ebb.epoch WHERE slot = s.name ORDER BY epoch),
 			ARRAY(SELECT from_lsn::text FROM ebb.epoch WHERE slot = s.name ORDER BY epoch)
 		FROM ebb.slot s WHERE name = $1`, name).
 		Scan(&r.Buffer, &r.SystemIdentifier, &r.Timeline, &r.Term, &r.Publication, &r.RecoveredAfter, &r.RecoveredID, &seq, &r.Recovered,
-			&r.Made, &r.Done, &r.MadeTimes, &r.MadeBecause, &r.CreatedAt, &r.Destination, &r.Diverged, &r.Adopted, &numbers, &from)
+			&r.Made, &r.Done, &r.MadeTimes, &r.MadeBecause, &r.CreatedAt, &r.Destination, &r.Diverged, &r.Adopted, &r.OwnPending,
+			&numbers, &from)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return SlotRecord{}, fmt.Errorf("slot %q: %w", name, ErrNoRecord)
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/spf13/cobra"
 
+	"ebb/bridge"
 	"ebb/internal/config"
 	"ebb/replication"
 	"ebb/sql"
@@ -210,7 +211,7 @@ func checkSchema(ctx context.Context, p *patient) (finding, error) {
 }
 
 func checkPublication(ctx context.Context, p *patient) (finding, error) {
-	_, err := sql.CheckPublication(ctx, p.db, p.cfg.Publication)
+	_, err := sql.CheckPublication(ctx, p.db, p.cfg.Publication, bridge.Tables(buffersOf(p.cfg))...)
 	if errors.Is(err, sql.ErrPublication) {
 		return finding{State: stateFail, Text: err.Error(), Mend: "run ebb setup"}, nil
 	}

@@ -86,6 +86,7 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger, flags runFla
 		Postgres:    cfg.Postgres,
 		Slot:        cfg.Slot,
 		Publication: cfg.Publication,
+		Buffers:     buffersOf(cfg),
 		Sink:        destination,
 		Destination: destinationOf(cfg),
 		Logger:      log,

@@ -56,7 +56,7 @@ func newSetup(a *app) *cobra.Command {
 }
 
 func setupOf(cfg *config.Config) sql.Setup {
-	return sql.Setup{Publication: cfg.Publication, Keep: cfg.Recorded.Keep, Slot: cfg.Slot, Flow: flowOf(cfg)}
+	return sql.Setup{Publication: cfg.Publication, Slot: cfg.Slot, Tables: bridge.Tables(buffersOf(cfg)), Keep: cfg.Recorded.Keep, Flow: flowOf(cfg)}
 }
 
 // flowOf returns the flow limits. A warning that nobody has asked for comes at the limit at the latest.
@@ -102,7 +102,8 @@ func setup(ctx context.Context, w io.Writer, cfg *config.Config, log *slog.Logge
 	if err != nil {
 		return err
 	}
-	made, err := bridge.EnsureSlot(ctx, db, bridge.Config{Postgres: cfg.Postgres, Slot: cfg.Slot, Publication: cfg.Publication, Logger: log})
+	made, err := bridge.EnsureSlot(ctx, db, bridge.Config{Postgres: cfg.Postgres, Slot: cfg.Slot, Publication: cfg.Publication,
+		Buffers: buffersOf(cfg), Logger: log})
 	if made {
 		done = append(done, "created slot "+cfg.Slot)
 	}
