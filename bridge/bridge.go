@@ -25,7 +25,9 @@ type Config struct {
 	Postgres    string
 	Slot        string
 	Publication string
-	Sink        sink.Sink
+	// Buffers are the tables whose rows are events; none stand for the managed one.
+	Buffers []Buffer
+	Sink    sink.Sink
 	// Destination names where the sink delivers. What was recorded of another one does not count for it.
 	Destination string
 	Logger      *slog.Logger
@@ -36,6 +38,9 @@ type Config struct {
 	Trail               Trail
 	// Keep is how long delivered rows stay in the buffer; 0: for ever.
 	Keep time.Duration
+
+	// Flow are the limits on the slot's lag.
+	Flow sql.Flow
 
 	// Adopt says that this database is to be gone on with, although the destination belongs to another source or holds events that the
 	// database does not have. AcceptGap says that what the destination has forgotten, and the buffer does not have any more, may be missing.
@@ -120,7 +125,7 @@ func (e *sinkError) Unwrap() error { return e.err }
 // isPermanent reports whether waiting cannot mend err.
 func isPermanent(err error) bool {
 	for _, target := range []error{
-		sql.ErrNoRecord, sql.ErrNoSchema, sql.ErrPublication, decode.ErrMapping, decode.ErrMalformed, decode.ErrRow,
+		sql.ErrNoRecord, sql.ErrNoSchema, sql.ErrPublication, sql.ErrTable, sql.ErrMark, decode.ErrMapping, decode.ErrMalformed, decode.ErrRow,
 		replication.ErrForeignSlot, replication.ErrWALLevel,
 	} {
 		if errors.Is(err, target) {
@@ -150,6 +155,9 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 		return err
 	}
 	if err := replication.CheckWALLevel(ctx, lock); err != nil {
+		return err
+	}
+	if _, err := inspectOwn(ctx, lock, &cfg); err != nil { // a standby says what is wrong before it is needed
 		return err
 	}
 	if err := awaitLead(ctx, cfg, lock); err != nil {
@@ -187,11 +195,26 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 		<-held
 	}()
 
-	l := &leader{Config: cfg, db: db, carried: carried}
+	l := &leader{Config: cfg, db: db, carried: carried, lockPID: lock.PgConn().PID()}
 	defer l.closeConn()
-	err = l.connect(ctx, lock.PgConn().PID())
+	if l.own, err = inspectOwn(ctx, db, &cfg); err != nil {
+		return err
+	}
+	if l.own.marks() {
+		if l.own.db, err = sql.ConnectMarker(ctx, cfg.Postgres, cfg.Slot); err != nil {
+			return err
+		}
+		defer closeQuietly(l.own.db)
+	}
+	err = l.connect(ctx)
+	if err == nil {
+		l.token, err = sql.MessageToken(ctx, db)
+	}
 	if err == nil {
 		l.record, err = sql.TakeTerm(ctx, db, cfg.Slot)
+	}
+	if err == nil {
+		err = l.setFlow(ctx)
 	}
 	var next step
 	if err == nil {
@@ -210,6 +233,9 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	if err == nil && turned.Load() {
 		return errReplay
 	}
+	if missing := (*decode.MissingColumnError)(nil); errors.As(err, &missing) {
+		return l.outdated(ctx, missing, err)
+	}
 	if errors.Is(err, decode.ErrPositions) {
 		return fmt.Errorf("slot %q against %s: %w. If a table was added to publication %q, take it out. If this database was restored or replaced and "+
 			"is the one to go on with, stop the other one and start once with ebb run --adopt", l.Slot, l.Destination, err, l.Publication)
@@ -218,18 +244,23 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 }
 
 // connect opens the replication connection, to the same server as that of the session which holds the lock.
-func (l *leader) connect(ctx context.Context, lockPID uint32) error {
+func (l *leader) connect(ctx context.Context) error {
 	var err error
 	if l.conn, err = replication.Connect(ctx, l.Postgres, l.Slot); err != nil {
 		return err
 	}
-	replicates, err := l.conn.SharesServer(ctx, lockPID)
+	replicates, err := l.conn.SharesServer(ctx, l.lockPID)
 	if err != nil {
 		return err
 	}
-	queries, err := sql.SharesServer(ctx, l.db, lockPID)
+	queries, err := sql.SharesServer(ctx, l.db, l.lockPID)
 	if err != nil {
 		return err
+	}
+	if l.own.db != nil && queries {
+		if queries, err = sql.SharesServer(ctx, l.own.db, l.lockPID); err != nil {
+			return err
+		}
 	}
 	if !replicates || !queries {
 		return errors.New("two connections have led to two servers; one of them is not, or is no longer, the primary")

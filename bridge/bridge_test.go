@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -393,9 +394,9 @@ func TestLatin1Database(t *testing.T) {
 	const utf8, put = "SET client_encoding = 'UTF8'", `SELECT ebb.put('tøpic', '{"ä": "ÿ"}', 'kéy')`
 	f.db.Exec(t, "SELECT pg_drop_replication_slot('"+f.slot+"')", utf8, put)
 	f.setup() // the first row comes by recovery, the second by the slot
-	f.db.Exec(t, utf8, put)
+	f.db.Exec(t, utf8, put, strings.ReplaceAll(put, "ebb.put", "ebb.emit"))
 	r := f.run(s)
-	s.await(t, 2)
+	s.await(t, 3)
 	r.stop()
 	for i, e := range s.all() {
 		if string(e.Topic) != "tøpic" || string(e.Key) != "kéy" || string(e.Payload) != `{"ä": "ÿ"}` {
@@ -449,7 +450,8 @@ func TestNothingFollowsABatchThatWasNotHandedOver(t *testing.T) {
 			}
 			return err == nil, "the walsender does not wait"
 		})
-		f.db.Exec(t, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+		f.db.Exec(t, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND "+
+			"database = (SELECT oid FROM pg_database WHERE datname = current_database())")
 		select {
 		case events := <-s.took:
 			took := ids(t, events)

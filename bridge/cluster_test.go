@@ -73,7 +73,8 @@ func TestClusterChangesItsLeaders(t *testing.T) {
 	r.stop()
 	r = run()
 	flow("a step-down and a restart of the bridge")
-	f.db.Exec(t, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+	f.db.Exec(t, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND "+
+		"database = (SELECT oid FROM pg_database WHERE datname = current_database())")
 	c.StepDown(t, "EBB")
 	flow("a step-down and the end of the leading bridge's session")
 	leader := c.StreamLeader(t, "EBB")

@@ -65,6 +65,10 @@ type facts struct {
 	// reach says that the buffer has all rows that came behind the tick which counts: held if the destination has forgotten something, else
 	// the newest one.
 	reach bool
+	// rowless says that events may be delivered that no row gives again: of own tables, whose rows are marked or deleted then, or never were.
+	rowless bool
+	// snapshot says that this bridge is in the snapshot with which it has made the slot.
+	snapshot bool
 	// lost are events that the destination holds and this database does not. They are looked for when the database's history has changed.
 	lost []lostEvent
 }
@@ -336,9 +340,14 @@ func whatIsForgotten(f *facts) (step, bool) {
 	s := step{action: actRewind, why: what, tick: f.held.ID}
 	s.slotHolds = f.record.Done && f.usable() && f.holds && f.slot.ConfirmedFlush <= f.held.LSN
 	// Of a stream that is new, what the trailing slot has is as much as there is.
-	s.reset = !s.slotHolds && f.trails() && (f.holds && f.trail.ConfirmedFlush <= f.held.LSN || f.tail.Last == 0 && !f.reach)
+	s.reset = !s.slotHolds && f.trails() && (f.holds && f.trail.ConfirmedFlush <= f.held.LSN || f.tail.Last == 0 && (!f.reach || f.rowless))
 	if s.reset && !f.holds {
 		s.why += fmt.Sprintf("; the trailing slot begins at %s, and what was delivered before that is not delivered again", f.trail.ConfirmedFlush)
+	}
+	if !s.slotHolds && !s.reset && f.rowless && !f.acceptGap {
+		return halt(fmt.Errorf("%w: %s, and there may have been events among them that nothing but the slot could give again, as the rows of own tables are "+
+			"marked, deleted or not told apart once they are delivered. Restore the stream from a backup; or go on without them by starting once with "+
+			"ebb run --accept-gap", ErrGap, what)), true
 	}
 	if !s.slotHolds && !s.reset && !f.reach && !f.acceptGap {
 		return halt(fmt.Errorf("%w: %s, and rows that were among them have been removed from the buffer since. Restore the stream from a backup; or go "+
@@ -367,10 +376,11 @@ func (f *facts) usable() bool {
 
 const publicationChanged = "its publication was changed, so that it may have passed over rows"
 
-// trails reports whether the slot can be copied from the trailing one, so that it is as it was a while ago.
+// trails reports whether the slot can be copied from the trailing one, so that it is as it was a while ago. One from before the slot was made has
+// what was then delivered from the buffer, or has passed over it.
 func (f *facts) trails() bool {
 	return f.follows && f.record.Made && f.record.Done && !f.trail.Lost() && f.trail.Plugin == replication.Plugin &&
-		f.record.Publication == f.publication
+		f.trail.ConfirmedFlush >= f.record.ConsistentPoint && sql.SamePublication(f.record.Publication, f.publication)
 }
 
 // whatIsReset has a slot copied from the trailing one, if that has been begun.
@@ -415,7 +425,9 @@ func whichSlot(f *facts) (step, bool) {
 		if why = f.record.MadeBecause; why == "" {
 			why = "it was not made to the end"
 		}
-	case f.record.Publication != "" && f.record.Publication != f.publication:
+	case f.record.OwnPending && !f.snapshot:
+		why = "rows of own tables are to be delivered from before it, which takes the snapshot with which it is made"
+	case f.record.Publication != "" && !sql.SamePublication(f.record.Publication, f.publication):
 		return step{action: actDistrust, why: publicationChanged}, true
 	case f.doubt == miscounted && f.acceptGap:
 		why = "events are missing in the stream, and are delivered late"
@@ -425,7 +437,8 @@ func whichSlot(f *facts) (step, bool) {
 	default:
 		return step{}, false
 	}
-	if f.trails() && f.trail.ConfirmedFlush <= f.newest.LSN {
+	late := f.doubt == miscounted && f.acceptGap // and so not in the places that they have in the slot
+	if !late && f.trails() && f.trail.ConfirmedFlush <= f.newest.LSN {
 		return step{action: actReset, why: why}, true
 	}
 	if !f.reach && f.record.Done && !f.acceptGap {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 
 	"ebb/event"
 	"ebb/replication"
@@ -82,7 +81,7 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 			"times_made", l.record.MadeTimes)
 		l.carried.doubt = noDoubt
 		var err error
-		l.record, err = makeSlot(ctx, l.db, l.conn, &l.Config, l.system, l.record.Term, s.why)
+		l.record, err = makeSlot(ctx, l.db, l.conn, &l.Config, l.system, l.record.Term, s.why, l.own.tables)
 		return err
 	case actRecover:
 		return l.recover(ctx, f)
@@ -98,7 +97,8 @@ func (e *haltError) Unwrap() error { return e.err }
 
 // look collects the facts.
 func (l *leader) look(ctx context.Context) (*facts, error) {
-	f := &facts{destination: l.Destination, adopt: l.Adopt, acceptGap: l.AcceptGap, doubt: l.carried.doubt, system: l.system}
+	f := &facts{destination: l.Destination, adopt: l.Adopt, acceptGap: l.AcceptGap, doubt: l.carried.doubt, system: l.system,
+		rowless: len(l.own.tables) > 0, snapshot: l.conn.HasSnapshot()}
 	var err error
 	if f.record, err = sql.ReadSlot(ctx, l.db, l.Slot); err != nil {
 		return nil, err
@@ -108,7 +108,7 @@ func (l *leader) look(ctx context.Context) (*facts, error) {
 	}
 	l.record = f.record
 	f.source = sink.Source{SystemIdentifier: l.system.ID, Database: l.system.Database, Slot: l.Slot, Buffer: f.record.Buffer}
-	publication, err := sql.CheckPublication(ctx, l.db, l.Publication)
+	publication, err := sql.CheckPublication(ctx, l.db, l.Publication, Tables(l.Buffers)...)
 	if err != nil {
 		return nil, err
 	}
@@ -198,7 +198,16 @@ func (l *leader) lookAtTicks(ctx context.Context, f *facts) error {
 	if f.delivered, err = sql.HasDelivered(ctx, l.db, f.record, l.Destination); err != nil {
 		return err
 	}
-	f.reach, err = sql.Reach(ctx, l.db, f.record, tick.ID)
+	return l.lookAtReach(ctx, f, tick.ID)
+}
+
+// lookAtReach finds out whether the managed table, if it is carried, has all rows that came behind a tick.
+func (l *leader) lookAtReach(ctx context.Context, f *facts, tick int64) error {
+	if !l.carriesManaged() {
+		return nil
+	}
+	var err error
+	f.reach, err = sql.Reach(ctx, l.db, f.record, tick)
 	return err
 }
 
@@ -224,8 +233,7 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 				return err
 			}
 		}
-		f.reach, err = sql.Reach(ctx, l.db, f.record, f.held.ID)
-		return err
+		return l.lookAtReach(ctx, f, f.held.ID)
 	}
 	if f.system.ID != f.record.SystemIdentifier {
 		return nil
@@ -245,7 +253,7 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 // does that somebody has made in its place. What the destination holds already has come by.
 func (l *leader) hearWitness(ctx context.Context, f *facts) error {
 	scanner, ok := l.Sink.(sink.Scanner)
-	if !ok || f.slot.ConfirmedFlush <= f.newest.LSN {
+	if !ok || !l.carriesManaged() || f.slot.ConfirmedFlush <= f.newest.LSN {
 		return nil
 	}
 	l.witness = newWitness(f.newest.Snapshot)
@@ -261,13 +269,32 @@ func (l *leader) hearWitness(ctx context.Context, f *facts) error {
 
 // heldBehind returns a function that tells the events which the destination holds behind a sequence number.
 func (l *leader) heldBehind(ctx context.Context, seq uint64) (func(id []byte) bool, error) {
-	held := newHoldings(false)
-	if err := l.addHeld(ctx, held, seq); err != nil {
+	scanner, ok := l.Sink.(sink.Scanner)
+	if !ok {
+		return nil, nil
+	}
+	numbers, others := idSet{}, map[digest]bool{}
+	if err := scanner.Scan(ctx, seq, func(m sink.Stored) error {
+		if m.Origin == event.Streamed && l.record.Epochs.RuleOut(m.Position) {
+			return nil // of a lost row, whose id another one may have
+		}
+		if m.Origin == event.Streamed && l.record.Epochs.Repeats(m.Position) {
+			return nil // and is to be there once more
+		}
+		if id, ok := l.managedID(m.ID); ok {
+			numbers.add(id)
+		} else {
+			others[digestOf(m.ID)] = true
+		}
+		return nil
+	}); err != nil {
 		return nil, err
 	}
 	return func(id []byte) bool {
-		n, err := strconv.ParseInt(string(id), 10, 64)
-		return err == nil && held.ids.has(n)
+		if n, ok := l.managedID(id); ok {
+			return numbers.has(n)
+		}
+		return others[digestOf(id)]
 	}, nil
 }
 
@@ -292,7 +319,7 @@ func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts,
 			lost = append(lost, e)
 			return nil
 		}
-		if id, err := strconv.ParseInt(e.id, 10, 64); err == nil && f.reach {
+		if id, ok := l.managedID(m.ID); ok && f.reach {
 			others[id] = e
 			ids = append(ids, id)
 		}

@@ -2,6 +2,8 @@ package bridge
 
 import (
 	"context"
+	"crypto/sha256"
+	"errors"
 	"hash/maphash"
 	"strconv"
 	"time"
@@ -22,12 +24,14 @@ const recoverBytes = 1 << 20
 // delivered again, if the sink can tell. When the sink turns out to have forgotten what was just delivered, it returns early, without an
 // error: the facts are others then.
 func (l *leader) recover(ctx context.Context, f *facts) error {
-	if err := l.awaitVisible(ctx); err != nil {
-		return err
+	managed := l.carriesManaged()
+	if managed || l.record.OwnPending {
+		if err := l.awaitVisible(ctx); err != nil {
+			return err
+		}
 	}
-	seq := f.tail.Last
 	if l.record.Destination != l.Destination {
-		if err := sql.BeginRecovery(ctx, l.db, l.record, l.Destination, seq); err != nil {
+		if err := sql.BeginRecovery(ctx, l.db, l.record, l.Destination, f.tail.Last); err != nil {
 			return err
 		}
 	}
@@ -35,68 +39,34 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 	if err != nil {
 		return err
 	}
-	held := newHoldings(l.record.Diverged)
-	if err := l.addHeld(ctx, held, floor); err != nil {
+	r := &recovery{l: l, f: f, held: newHoldings(l.record.Diverged, l.record.OwnPending), position: f.lastPosition(), seq: f.tail.Last,
+		lastSeq: max(f.tail.Sequence, f.tick.StreamSeq)}
+	if f.tail.Exclusive {
+		r.lastSeq = f.tail.Last
+	}
+	if err := l.addHeld(ctx, r.held, floor); err != nil {
 		return err
 	}
 	if f.tail.Removed > 0 && f.ticked {
 		l.Logger.Warn("the stream has removed messages before it could be compared with the buffer; rows that were among them are delivered again",
 			"messages", f.tail.Removed)
 	}
-	position := f.lastPosition()
-	// The last message that the recovery's tick stands for: where others publish as well, it is to be one of ours.
-	lastSeq := max(f.tail.Sequence, f.tick.StreamSeq)
-	if f.tail.Exclusive {
-		lastSeq = f.tail.Last
+	if managed {
+		err = l.recoverManaged(ctx, r)
 	}
-	for {
-		if err := l.at("page"); err != nil {
-			return err
-		}
-		rows, err := sql.RowsToRecover(ctx, l.db, l.Slot, l.record.RecoveredID, recoverBytes)
-		if err != nil {
-			return err
-		}
-		if len(rows) == 0 {
-			break
-		}
-		tail, err := l.Sink.Resume(ctx, sink.Known{Source: f.source, Position: position, Sequence: seq})
-		if err != nil {
-			return &sinkError{err}
-		}
-		switch {
-		case f.remembers && tail.Last < seq:
-			return nil
-		case tail.Last > seq:
-			// What the leader before this one had sent off has arrived only now.
-			if err := l.addHeld(ctx, held, seq); err != nil {
-				return err
-			}
-			seq = tail.Last
-		}
-		if tail.Position.Compare(position) > 0 {
-			position = tail.Position
-		}
-		lastSeq = max(lastSeq, tail.Sequence)
-		at := f.recoveredAt(position)
-		n, last, err := l.recoverPage(ctx, at, rows, held)
-		if err != nil {
-			return err
-		}
-		if n > 0 {
-			position = at
-		}
-		seq, lastSeq = max(seq, last), max(lastSeq, last)
-		l.record.RecoveredID = rows[len(rows)-1].ID
-		l.record.Recovered += int64(n)
-		if err := l.at("delivered page"); err != nil {
-			return err
-		}
-		if err := sql.Recovered(ctx, l.db, l.record, l.record.RecoveredID, n, seq); err != nil {
-			return err
-		}
+	if err == nil && l.record.OwnPending {
+		err = l.recoverOwn(ctx, r)
 	}
-	if err := sql.RecoveryDone(ctx, l.db, l.record, l.Destination, position, lastSeq); err != nil {
+	if errors.Is(err, errForgot) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := l.conn.EndSnapshot(ctx); err != nil {
+		return err
+	}
+	if err := sql.RecoveryDone(ctx, l.db, l.record, l.Destination, r.position, r.lastSeq, l.own.tables...); err != nil {
 		return err
 	}
 	if l.record.Recovered > 0 {
@@ -105,11 +75,51 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 	return nil
 }
 
+// recoverManaged delivers the rows of the managed table, by id.
+func (l *leader) recoverManaged(ctx context.Context, r *recovery) error {
+	for {
+		if err := l.at("page"); err != nil {
+			return err
+		}
+		rows, err := sql.RowsToRecover(ctx, l.db, l.Slot, l.record.RecoveredID, recoverBytes)
+		if err != nil || len(rows) == 0 {
+			return err
+		}
+		switch ok, err := r.resume(ctx); {
+		case err != nil:
+			return err
+		case !ok:
+			return errForgot
+		}
+		at := r.at()
+		batch, err := recoveredBatch(at, rows, r.held)
+		if err != nil {
+			return err
+		}
+		n, err := r.deliver(ctx, batch, at)
+		if err != nil {
+			return err
+		}
+		l.record.RecoveredID = rows[len(rows)-1].ID
+		l.record.Recovered += int64(n)
+		if err := l.at("delivered page"); err != nil {
+			return err
+		}
+		if err := sql.Recovered(ctx, l.db, l.record, l.record.RecoveredID, n, r.seq); err != nil {
+			return err
+		}
+	}
+}
+
 // awaitVisible waits until a query sees every row that is to be recovered.
 func (l *leader) awaitVisible(ctx context.Context) error {
+	waits := newWaits(&l.Config)
 	for began, said := time.Now(), false; ; {
 		ok, err := sql.AllVisible(ctx, l.db, l.Slot)
 		if ok || err != nil {
+			return err
+		}
+		if err := waits.end(ctx, l.db); err != nil {
 			return err
 		}
 		if !said && time.Since(began) > waitersAfter {
@@ -146,14 +156,63 @@ type holdings struct {
 	// contents are the events by id, kept where an id alone does not say that it is the same event.
 	contents map[int64]content
 	seed     maphash.Seed
+	// own, unless nil, are the events that may be of own tables, by a digest of their ids; the value is one of the payload, or zero where the id
+	// is enough. Payloads are those of events whose position was their id, which a row does not tell.
+	own      map[digest]digest
+	payloads map[digest]int
+	diverged bool
 }
 
-func newHoldings(diverged bool) *holdings {
-	h := &holdings{ids: idSet{}, seed: maphash.MakeSeed()}
+// digest is long enough for two never to be the same by chance.
+type digest [16]byte
+
+func digestOf(content []byte) digest {
+	sum := sha256.Sum256(content)
+	return digest(sum[:16])
+}
+
+func newHoldings(diverged, own bool) *holdings {
+	h := &holdings{ids: idSet{}, seed: maphash.MakeSeed(), diverged: diverged}
 	if diverged {
 		h.contents = map[int64]content{}
 	}
+	if own {
+		h.own, h.payloads = map[digest]digest{}, map[digest]int{}
+	}
 	return h
+}
+
+// addOwn adds an event that may be of an own table.
+func (h *holdings) addOwn(m sink.Stored) {
+	if h.own == nil {
+		return
+	}
+	if _, err := event.ParsePosition(string(m.ID)); err == nil {
+		h.payloads[digestOf(m.Payload)]++
+		return
+	}
+	var payload digest
+	if h.diverged {
+		payload = digestOf(m.Payload)
+	}
+	h.own[digestOf(m.ID)] = payload
+}
+
+// holdsEvent reports whether the sink holds the event of a row of an own table. Where the position of an event is its id, a whole row with its primary
+// key tells it as well.
+func (h *holdings) holdsEvent(e *event.Event, t *sql.OwnTable) bool {
+	if payload, ok := h.own[digestOf(e.ID)]; ok {
+		return !h.diverged || payload == digestOf(e.Payload)
+	}
+	if t.ID != "" || !t.WholeRow || len(t.Key) == 0 {
+		return false
+	}
+	d := digestOf(e.Payload)
+	if h.payloads[d] == 0 {
+		return false
+	}
+	h.payloads[d]--
+	return true
 }
 
 // content tells events of the same id apart.
@@ -182,6 +241,15 @@ func (h *holdings) hold(row *sql.Row) bool {
 	return c.digest == maphash.Bytes(h.seed, row.Payload) && (c.time.IsZero() || !c.time.Before(row.CreatedAt))
 }
 
+// managedID returns the id of a row of the managed table, if the id of an event is one: no other table has numbers for ids then.
+func (l *leader) managedID(id []byte) (int64, bool) {
+	if !l.carriesManaged() {
+		return 0, false
+	}
+	n, err := strconv.ParseInt(string(id), 10, 64)
+	return n, err == nil
+}
+
 // addHeld adds what the sink holds behind a sequence number, if it can tell.
 func (l *leader) addHeld(ctx context.Context, h *holdings, after uint64) error {
 	scanner, ok := l.Sink.(sink.Scanner)
@@ -189,20 +257,22 @@ func (l *leader) addHeld(ctx context.Context, h *holdings, after uint64) error {
 		return nil
 	}
 	return scanner.Scan(ctx, after, func(m sink.Stored) error {
-		id, err := strconv.ParseInt(string(m.ID), 10, 64)
-		if err != nil || !l.record.Done && id <= l.record.RecoveredID {
-			return nil // of the others it is known already
-		}
 		if m.Origin == event.Streamed && l.record.Epochs.RuleOut(m.Position) {
 			return nil // of a lost row, whose id another one may have
 		}
-		h.add(id, m)
+		id, ok := l.managedID(m.ID)
+		switch {
+		case !ok:
+			h.addOwn(m)
+		case l.record.Done || id > l.record.RecoveredID: // of the others it is known already
+			h.add(id, m)
+		}
 		return nil
 	})
 }
 
-// recoverPage delivers those of the rows that the sink does not hold. It returns how many they were, and the sequence number of the last one.
-func (l *leader) recoverPage(ctx context.Context, position event.Position, rows []sql.Row, held *holdings) (int, uint64, error) {
+// recoveredBatch returns the events of those of the rows that the sink does not hold.
+func recoveredBatch(position event.Position, rows []sql.Row, held *holdings) (*event.Batch, error) {
 	managed := decode.Managed()
 	batch := event.NewBatch()
 	for i := range rows {
@@ -214,20 +284,8 @@ func (l *leader) recoverPage(ctx context.Context, position event.Position, rows 
 			ID: strconv.AppendInt(nil, row.ID, 10), Topic: row.Topic, Key: row.Key, Payload: row.Payload, Headers: row.Headers,
 			PayloadType: pgtype.JSONOID, Time: row.CreatedAt, Position: position,
 		}); err != nil {
-			return 0, 0, err
+			return nil, err
 		}
 	}
-	n := len(batch.Events)
-	if n == 0 {
-		batch.Release()
-		return 0, 0, nil
-	}
-	in := make(chan *event.Batch, 1)
-	in <- batch
-	close(in)
-	var seq uint64
-	if err := l.Sink.Run(ctx, in, func(p sink.Progress) { seq = p.Sequence }); err != nil {
-		return 0, 0, &sinkError{err}
-	}
-	return n, seq, nil
+	return batch, nil
 }

@@ -31,6 +31,7 @@ func (l *leader) copyTrail(ctx context.Context, f *facts, why string) error {
 	if err := l.conn.SetFailover(ctx, l.Slot); err != nil {
 		return err
 	}
+	l.carried.doubt = noDoubt
 	l.Logger.Warn("the slot is reset to where the trailing one stands", "slot", l.Slot, "position", f.trail.ConfirmedFlush, "because", why)
 	if err := l.at("failover set"); err != nil {
 		return err

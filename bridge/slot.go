@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"ebb/internal/sleep"
@@ -38,6 +37,10 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	own, err := inspectOwn(ctx, db, &cfg)
+	if err != nil {
+		return false, err
+	}
 	for said := false; ; {
 		why, term, err := whyMakeSlot(ctx, db, cfg.Slot, system)
 		if why == "" || err != nil {
@@ -48,7 +51,14 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 			return false, err
 		}
 		if leads {
-			_, err := makeSlot(ctx, db, conn, &cfg, system, term, why)
+			record, err := makeSlot(ctx, db, conn, &cfg, system, term, why, own.tables)
+			if err == nil && record.OwnPending {
+				cfg.Logger.Info("rows of own tables are there already; they are delivered first of all, by the next ebb run, which makes the slot anew for that",
+					"slot", cfg.Slot)
+			}
+			if err == nil {
+				err = conn.EndSnapshot(ctx)
+			}
 			if err == nil {
 				err = sql.StepDown(ctx, db, cfg.Slot)
 			}
@@ -98,10 +108,13 @@ func whyMakeSlot(ctx context.Context, db *pgxConn, name string, system replicati
 }
 
 // makeSlot makes the slot, in place of one that there may be, and returns its record, which is of a new term. Whenever it is interrupted,
-// the record says that it has to be done again.
+// the record says that it has to be done again. If rows of own tables are to be delivered from before it, conn is left in the slot's snapshot.
 func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Config, system replication.System, term int64,
-	why string) (sql.SlotRecord, error) {
-	publication, err := sql.CheckPublication(ctx, db, cfg.Publication)
+	why string, own []sql.OwnTable) (sql.SlotRecord, error) {
+	if err := conn.EndSnapshot(ctx); err != nil {
+		return sql.SlotRecord{}, err
+	}
+	publication, err := sql.CheckPublication(ctx, db, cfg.Publication, Tables(cfg.Buffers)...)
 	if err != nil {
 		return sql.SlotRecord{}, err
 	}
@@ -135,9 +148,9 @@ func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Con
 	said := make(chan struct{})
 	go func() {
 		defer close(said)
-		sayWaiters(waiting, db, cfg.Logger)
+		sayWaiters(waiting, db, cfg)
 	}()
-	made, err := conn.CreateSlot(ctx, cfg.Slot)
+	made, err := conn.CreateSlotInSnapshot(ctx, cfg.Slot)
 	stopWaiting()
 	<-said
 	switch {
@@ -149,9 +162,16 @@ func makeSlot(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Con
 	if err := cfg.at("created"); err != nil {
 		return sql.SlotRecord{}, err
 	}
-	if err := sql.RecordSlot(ctx, db, record, made.Snapshot, made.ConsistentPoint); err != nil {
+	record.OwnPending, err = undeliveredOwn(ctx, db, conn, cfg, own, record.MadeTimes > 0)
+	if err == nil && !record.OwnPending {
+		err = conn.EndSnapshot(ctx)
+	}
+	if err != nil {
+		return sql.SlotRecord{}, errors.Join(err, conn.AbandonSlot(cfg.Slot))
+	}
+	if err := sql.RecordSlot(ctx, db, record, made.Snapshot, made.ConsistentPoint, own...); err != nil {
 		if errors.Is(err, sql.ErrSuperseded) {
-			err = errors.Join(err, conn.DropSlot(ctx, cfg.Slot)) // nobody has a record of it
+			err = errors.Join(err, conn.AbandonSlot(cfg.Slot)) // nobody has a record of it
 		}
 		return sql.SlotRecord{}, err
 	}
@@ -166,18 +186,29 @@ func endWalsender(ctx context.Context, db *pgxConn, cfg *Config, slot replicatio
 	return replication.EndWalsender(ctx, db, cfg.Slot, slot.ActivePID)
 }
 
-// sayWaiters logs which transactions the creation of a slot waits for, as long as ctx lasts.
-func sayWaiters(ctx context.Context, db *pgxConn, log *slog.Logger) {
-	timer := time.NewTimer(waitersAfter)
-	defer timer.Stop()
+// sayWaiters logs which transactions the creation of a slot waits for, as long as ctx lasts. Those that wait themselves, in their COMMIT,
+// for what is delivered from the slot, are ended.
+func sayWaiters(ctx context.Context, db *pgxConn, cfg *Config) {
+	log := cfg.Logger
+	say, wake := time.NewTimer(waitersAfter), time.NewTicker(endWaitsEvery)
+	defer say.Stop()
+	defer wake.Stop()
+	waits := newWaits(cfg)
 	for {
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			return
-		}
 		// A cancelled query would end the session, which others use.
 		asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), waitersEvery)
+		if err := waits.end(asking, db); err != nil {
+			log.Warn("the slot may wait for a COMMIT that waits for delivery", "error", err)
+		}
+		cancel()
+		select {
+		case <-wake.C:
+			continue
+		case <-ctx.Done():
+			return
+		case <-say.C:
+		}
+		asking, cancel = context.WithTimeout(context.WithoutCancel(ctx), waitersEvery)
 		lines, err := replication.Waiters(asking, db)
 		cancel()
 		if err != nil {
@@ -186,6 +217,6 @@ func sayWaiters(ctx context.Context, db *pgxConn, log *slog.Logger) {
 		for _, line := range lines {
 			log.Warn("the slot waits for a transaction to end", "transaction", line)
 		}
-		timer.Reset(waitersEvery)
+		say.Reset(waitersEvery)
 	}
 }

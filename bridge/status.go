@@ -30,7 +30,7 @@ type Status struct {
 	// LagSeconds is the age of the oldest event that is not recorded as delivered.
 	LagSeconds float64       `json:"lag_seconds"`
 	Backlog    BacklogStatus `json:"backlog"`
-	Flow       string        `json:"flow"`
+	Flow       sql.FlowState `json:"flow"`
 	// Role is that of the bridge that answers; asked from outside, that of the bridge that leads, if there is one.
 	Role        Role            `json:"role"`
 	Replay      *ReplayStatus   `json:"replay"`
@@ -107,7 +107,7 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, e
 	if err := sql.Check(ctx, db); err != nil {
 		return nil, err
 	}
-	s := &Status{Slot: SlotStatus{Name: slotName, WALStatus: "missing"}, Flow: "open", Role: RoleNone}
+	s := &Status{Slot: SlotStatus{Name: slotName, WALStatus: "missing"}, Role: RoleNone}
 	slot, err := replication.InspectSlot(ctx, db, slotName)
 	if err != nil && !errors.Is(err, replication.ErrNoSlot) {
 		return nil, err
@@ -142,6 +142,9 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, e
 			at := tick.DeliveredAt.UTC()
 			s.Delivered = DeliveredStatus{Position: &tick.Position, Events: tick.Events, At: &at}
 		}
+	}
+	if s.Flow, err = sql.ReadFlow(ctx, db, slotName); err != nil {
+		return nil, err
 	}
 	backlog, err := sql.ReadBacklog(ctx, db)
 	if err != nil {

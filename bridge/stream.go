@@ -43,6 +43,11 @@ type leader struct {
 	system  replication.System
 	carried *carried
 	record  sql.SlotRecord
+	own     *ownTables
+	// lockPID is the process id of the session that holds the lock.
+	lockPID uint32
+	// token is that of messages which are events.
+	token []byte
 	// slot is what the stream starts from.
 	slot replication.Slot
 
@@ -54,6 +59,8 @@ type leader struct {
 	replayed atomic.Int64
 	// witness, unless nil, sees what comes by, because the slot may not be the one that ebb has made.
 	witness *witness
+	// regulator is used by the ticks.
+	regulator regulator
 	// skipped is how many of the events that the sink has already were left out so far.
 	skipped uint64
 	// from is the last event that the sink was known to hold when this stream started.
@@ -75,7 +82,8 @@ func (l *leader) start(ctx context.Context, s step) error {
 	}
 	l.Logger.Info("streaming", "slot", l.Slot, "from", l.slot.ConfirmedFlush, "delivered", s.last.Position)
 	l.from = s.last
-	cfg := decode.Config{Epochs: l.record.Epochs, Skip: s.skip}
+	cfg := decode.Config{Epochs: l.record.Epochs, Buffers: l.own.buffers, Skip: s.skip, Token: l.token}
+	cfg.LookUp = func(oids []uint32) (decode.Types, event.LSN, error) { return l.lookUp(ctx, oids) }
 	if l.replay != nil {
 		cfg.Replay = decode.Replay{Number: l.replay.ID, Epoch: l.replay.Epoch, Through: l.replay.Through}
 	}
@@ -96,10 +104,13 @@ func (l *leader) stream(stop, ctx context.Context) error {
 	sunk := make(chan struct{})
 	var g errgroup.Group
 	g.Go(func() error {
-		defer cancel()
 		defer close(sunk)
 		err := l.Sink.Run(running, in, l.delivered)
-		if err == nil || running.Err() != nil && errors.Is(err, context.Canceled) {
+		if err == nil {
+			return nil // in is closed, and what was delivered last is still to be marked
+		}
+		defer cancel()
+		if running.Err() != nil && errors.Is(err, context.Canceled) {
 			return nil // another has failed, and its error counts
 		}
 		return &sinkError{err}
@@ -112,6 +123,12 @@ func (l *leader) stream(stop, ctx context.Context) error {
 		g.Go(func() error {
 			defer cancel()
 			return l.collect(running)
+		})
+	}
+	if l.own.db != nil {
+		g.Go(func() error {
+			defer cancel()
+			return l.markRows(running)
 		})
 	}
 	g.Go(func() error {
@@ -136,6 +153,7 @@ func (l *leader) read(stop, ctx context.Context, in chan<- *event.Batch) error {
 
 	batch := event.NewBatch()
 	var said decode.Skipped
+	var forged uint64
 	for behind := false; ; {
 		if err := l.out.Fill(reading, behind); err != nil {
 			return err
@@ -172,6 +190,7 @@ func (l *leader) read(stop, ctx context.Context, in chan<- *event.Batch) error {
 		}
 		batch = event.NewBatch()
 		said = l.saySkipped(l.decoder.Skipped(), said)
+		forged = l.sayForged(l.decoder.Skipped(), forged)
 	}
 }
 
@@ -194,6 +213,12 @@ func (l *leader) hand(ctx context.Context, in chan<- *event.Batch, batch *event.
 	last := l.from
 	if more, position := l.decoder.SkippedMore(); more > 0 {
 		last = sink.Progress{Position: position, Sequence: l.from.Sequence + more}
+	}
+	// Rows that are delivered faster than they are marked are not to fill the memory.
+	if room := l.tracker.room(); room != nil {
+		if err := l.out.Wait(ctx, room); err != nil {
+			return err
+		}
 	}
 	confirmed := l.tracker.hand(batch, skipped-l.skipped, last)
 	l.skipped = skipped
@@ -225,12 +250,31 @@ func (l *leader) drain(ctx context.Context, sunk <-chan struct{}) error {
 		case <-ctx.Done():
 		}
 	}
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	if err == nil {
+		err = l.drainRows(ctx)
+	}
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) && l.tracker.snapshot().waiting > 0 {
 		return fmt.Errorf("the sink had not delivered %d events after %s", l.tracker.snapshot().waiting, drainTimeout)
 	}
-	if errors.Is(err, context.Canceled) {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return nil
 	}
+	return err
+}
+
+// drainRows waits for the rows of what is delivered to be marked or deleted, and keeps the replication connection alive meanwhile. Rows that
+// somebody else has locked are left for the next start.
+func (l *leader) drainRows(ctx context.Context) error {
+	waiting, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		l.awaitMarkedOrLocked(waiting)
+	}()
+	err := l.out.Wait(ctx, done)
+	cancel()
+	<-done
 	return err
 }
 

@@ -32,11 +32,14 @@ func (l *leader) tick(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		}
+		if err := l.regulate(ctx); err != nil {
+			return ignoreEnd(ctx, err)
+		}
 		// What is delivered from here on may be too late for the snapshot.
 		if delivered := l.tracker.snapshot().delivered; delivered != recorded {
 			recorded, stored, due, pause, waited = delivered, 0, true, 1, 0
 		}
-		tick, publication, err := sql.BeginTick(ctx, l.db, l.Publication)
+		tick, publication, err := sql.BeginTick(ctx, l.db, l.Publication, Tables(l.Buffers)...)
 		if err != nil {
 			return ignoreEnd(ctx, err)
 		}
@@ -51,9 +54,13 @@ func (l *leader) tick(ctx context.Context) error {
 			continue
 		}
 		waited = 0
-		now, err := l.awaitDelivered(ctx, tick.LSN)
-		if err != nil {
+		now, ok, err := l.awaitDelivered(ctx, tick.LSN)
+		if !ok || err != nil {
 			return ignoreEnd(ctx, err)
+		}
+		// So rows that are delivered and not marked stand behind the newest tick in the stream.
+		if !l.awaitMarked(ctx, now.delivered) {
+			return nil
 		}
 		if err := l.checkWitness(ctx, tick); err != nil {
 			return ignoreEnd(ctx, err)
@@ -90,7 +97,7 @@ func (l *leader) checkPublication(ctx context.Context, p sql.Publication) error 
 	if err := p.Check(); err != nil {
 		return err
 	}
-	if l.record.Publication == "" || p.Mark == l.record.Publication {
+	if l.record.Publication == "" || sql.SamePublication(l.record.Publication, p.Mark) {
 		return nil
 	}
 	if err := sql.RemakeSlot(ctx, l.db, l.record, publicationChanged, true); err != nil {
@@ -125,26 +132,30 @@ func (l *leader) checkWitness(ctx context.Context, tick sql.Tick) error {
 	return nil
 }
 
-// awaitDelivered waits until everything before lsn is delivered, or ctx ends.
-func (l *leader) awaitDelivered(ctx context.Context, lsn event.LSN) (snapshot, error) {
+// awaitDelivered waits until everything before lsn is delivered, or returns false when ctx ends. It goes on looking at the lag meanwhile,
+// which grows while a sink is down.
+func (l *leader) awaitDelivered(ctx context.Context, lsn event.LSN) (snapshot, bool, error) {
 	poll := time.NewTicker(caughtUpPoll)
 	defer poll.Stop()
 	said := time.Now()
 	for {
 		if now := l.tracker.snapshot(); now.write >= lsn {
-			return now, nil
+			return now, true, nil
+		}
+		if err := l.regulate(ctx); err != nil {
+			return snapshot{}, false, err
 		}
 		select {
 		case <-poll.C:
 		case <-ctx.Done():
-			return snapshot{}, ctx.Err()
+			return snapshot{}, false, nil
 		}
 		if time.Since(said) < l.TickEvery {
 			continue
 		}
 		said = time.Now()
 		if err := l.recordReplay(ctx, false); err != nil {
-			return snapshot{}, err
+			return snapshot{}, false, err
 		}
 	}
 }

@@ -1,6 +1,8 @@
 package bridge
 
 import (
+	"bytes"
+	"math"
 	"sync"
 
 	"ebb/event"
@@ -22,7 +24,32 @@ type tracker struct {
 	covered         uint64
 	confirmed       confirmation
 	last            sink.Progress
+
+	// rows are those of handed events, in order, taken those that are being marked, and locked those that somebody else has locked. unmarked is
+	// the lowest number of events in all of them, or noRow.
+	rows, taken, locked []trackedRow
+	unmarked            uint64
+	rowBytes            int
+	// due wakes who marks rows.
+	due chan struct{}
+	// roomy, unless nil, is closed when there is room for more rows.
+	roomy chan struct{}
 }
+
+// trackedRow is a row that is to be marked once so many events are delivered.
+type trackedRow struct {
+	events uint64
+	table  int
+	// xid is the id of its transaction, without the epoch; 0 if every query sees it.
+	xid uint32
+	key []byte
+}
+
+// noRow says that there is no row to be marked.
+const noRow = math.MaxUint64
+
+// maxRows and maxRowBytes bound the rows that wait to be marked, and their keys. Past them, reading waits.
+const maxRows, maxRowBytes = 100_000, 16 << 20
 
 // mark says: once so many events are delivered, everything before first is, and so is everything before last, as no event stands
 // between. It stands for the end of a transaction or for a keepalive's position, and for those that follow it.
@@ -43,7 +70,8 @@ const maxDone = 1 << 16
 // newTracker returns a tracker of a stream before whose start, lsn, everything is delivered; last was the last of it. If
 // ticked, flush waits for ticks; otherwise it is the same as write.
 func newTracker(lsn event.LSN, last sink.Progress, ticked bool) *tracker {
-	return &tracker{confirmed: confirmation{write: lsn, flush: lsn}, last: last, ticked: ticked}
+	return &tracker{confirmed: confirmation{write: lsn, flush: lsn}, last: last, ticked: ticked,
+		unmarked: noRow, due: make(chan struct{}, 1)}
 }
 
 // hand is called with each batch before the sink can have it, and with how many events were left out before the batch's first
@@ -59,7 +87,14 @@ func (t *tracker) hand(b *event.Batch, skipped uint64, last sink.Progress) confi
 	for _, m := range b.Marks {
 		t.waiting = appendMark(t.waiting, mark{events: t.handed + uint64(m.Events), first: m.First, last: m.Last})
 	}
+	for _, row := range b.Rows {
+		events := t.handed + uint64(row.Events)
+		t.rows = append(t.rows, trackedRow{events: events, table: row.Table, xid: row.XID, key: bytes.Clone(row.Key)})
+		t.rowBytes += len(row.Key)
+		t.unmarked = min(t.unmarked, events)
+	}
 	t.handed += uint64(len(b.Events))
+	t.wake()
 	return t.advance()
 }
 
@@ -78,6 +113,7 @@ func (t *tracker) deliver(p sink.Progress) confirmation {
 	defer t.mu.Unlock()
 	t.delivered += uint64(p.Events)
 	t.last = p
+	t.wake()
 	return t.advance()
 }
 
@@ -95,7 +131,110 @@ func (t *tracker) cover(lsn event.LSN) confirmation {
 	return t.advance()
 }
 
-func (t *tracker) isCovered(m mark) bool { return !t.ticked || t.anyTick && m.events <= t.covered }
+// isCovered reports whether nothing before a mark is needed again. Where no tick tells what a destination holds, the slot must still hold
+// what is not marked: it is delivered again then.
+func (t *tracker) isCovered(m mark) bool {
+	if !t.ticked {
+		return m.events < t.unmarked
+	}
+	return t.anyTick && m.events <= t.covered
+}
+
+// wake wakes who marks rows, when there are many to be marked.
+func (t *tracker) wake() {
+	if len(t.rows) >= markBatch && t.rows[markBatch-1].events <= t.delivered {
+		t.ask()
+	}
+}
+
+// ask asks for the rows of delivered events to be marked now.
+func (t *tracker) ask() {
+	select {
+	case t.due <- struct{}{}:
+	default:
+	}
+}
+
+// take returns at most so many rows of delivered events, which are to be marked; if again, those that were locked come first. Then marked is to be
+// called.
+func (t *tracker) take(most int, again bool) []trackedRow {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.taken = nil
+	if again {
+		n := min(most, len(t.locked))
+		t.taken, t.locked = append(t.taken, t.locked[:n]...), t.locked[n:]
+	}
+	n := 0
+	for n < len(t.rows) && len(t.taken)+n < most && t.rows[n].events <= t.delivered {
+		n++
+	}
+	t.taken, t.rows = append(t.taken, t.rows[:n]...), t.rows[n:]
+	return t.taken
+}
+
+// marked is called when the rows that were taken are marked, but for some that somebody else has locked.
+func (t *tracker) marked(locked []trackedRow) confirmation {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, row := range t.taken {
+		t.rowBytes -= len(row.key)
+	}
+	for _, row := range locked {
+		t.rowBytes += len(row.key)
+	}
+	t.taken, t.locked = nil, append(t.locked, locked...)
+	t.unmarked = noRow
+	if len(t.rows) > 0 {
+		t.unmarked = t.rows[0].events
+	}
+	for _, row := range t.locked {
+		t.unmarked = min(t.unmarked, row.events)
+	}
+	if t.roomy != nil && t.hasRoom() {
+		close(t.roomy)
+		t.roomy = nil
+	}
+	return t.advance()
+}
+
+// allMarked reports whether the rows of the first so many events are marked.
+func (t *tracker) allMarked(events uint64) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return events < t.unmarked
+}
+
+// hasLocked reports whether there are rows that somebody else has locked.
+func (t *tracker) hasLocked() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.locked) > 0
+}
+
+// hasDue reports whether there are rows of delivered events that are to be marked, apart from those that somebody else has locked.
+func (t *tracker) hasDue() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.taken) > 0 || len(t.rows) > 0 && t.rows[0].events <= t.delivered
+}
+
+func (t *tracker) hasRoom() bool {
+	return len(t.rows)+len(t.taken)+len(t.locked) < maxRows && t.rowBytes < maxRowBytes
+}
+
+// room returns nil if there is room for more rows, or else a channel that is closed when there is.
+func (t *tracker) room() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.hasRoom() {
+		return nil
+	}
+	if t.roomy == nil {
+		t.roomy = make(chan struct{})
+	}
+	return t.roomy
+}
 
 // advance moves marks on as far as they may go.
 func (t *tracker) advance() confirmation {

@@ -1,6 +1,7 @@
 package bridge
 
 import (
+	"strconv"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -102,6 +103,148 @@ func TestTracker(t *testing.T) {
 			t.Fatalf("marks are left: %v, %v", tracker.waiting, tracker.done)
 		}
 	})
+}
+
+// Rows are marked once they are delivered, each once; what is not marked is known, and without ticks it is not confirmed.
+func TestTrackerOfRows(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		tracker := newTracker(1, sink.Progress{}, false)
+		type modelRow struct {
+			events uint64
+			marked bool
+		}
+		var rows []modelRow // by their keys
+		var marks []mark
+		handed, delivered := uint64(0), uint64(0)
+		unmarked := func() uint64 {
+			first := uint64(noRow)
+			for _, row := range rows {
+				if !row.marked {
+					first = min(first, row.events)
+				}
+			}
+			return first
+		}
+		check := func(got confirmation) {
+			want := confirmation{1, 1}
+			for _, m := range marks {
+				if m.events <= delivered {
+					want.write = max(want.write, m.last)
+					if m.events < unmarked() {
+						want.flush = max(want.flush, m.last)
+					}
+				}
+			}
+			if got != want {
+				t.Fatalf("confirms %v, want %v, with %d of %d delivered and %v", got, want, delivered, handed, rows)
+			}
+			for _, n := range []uint64{0, delivered, handed} {
+				if tracker.allMarked(n) != (n < unmarked()) {
+					t.Fatalf("all of %d are marked: %t, with %v", n, tracker.allMarked(n), rows)
+				}
+			}
+		}
+		row := func(b *event.Batch, base uint64) {
+			rows = append(rows, modelRow{events: base + uint64(len(b.Events))})
+			b.Rows = append(b.Rows, event.Row{Events: len(b.Events), Key: []byte(strconv.Itoa(len(rows) - 1))})
+		}
+		take := func(t *rapid.T) {
+			again := rapid.Bool().Draw(t, "again")
+			taken := tracker.take(rapid.IntRange(1, 5).Draw(t, "most"), again)
+			var locked []trackedRow
+			for _, r := range taken {
+				n, err := strconv.Atoi(string(r.key))
+				if err != nil || rows[n].events != r.events || rows[n].marked || r.events > delivered {
+					t.Fatalf("row %s is taken with %d events, with %d delivered and %v", r.key, r.events, delivered, rows)
+				}
+				if rapid.Bool().Draw(t, "locked") {
+					locked = append(locked, r)
+				} else {
+					rows[n].marked = true
+				}
+			}
+			check(tracker.marked(locked))
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"hand": func(t *rapid.T) {
+				b := event.NewBatch()
+				defer b.Release()
+				skipped := uint64(0)
+				if handed == delivered {
+					skipped = rapid.Uint64Range(0, 2).Draw(t, "skipped")
+				}
+				handed, delivered = handed+skipped, delivered+skipped
+				for range skipped {
+					row(b, handed)
+				}
+				for range rapid.IntRange(0, 4).Draw(t, "events") {
+					b.Events = append(b.Events, event.Event{})
+					if rapid.Bool().Draw(t, "with a row") {
+						row(b, handed)
+					}
+				}
+				end := event.LSN(2 + len(marks))
+				b.MarkEnd(end)
+				handed += uint64(len(b.Events))
+				marks = append(marks, mark{events: handed, first: end, last: end})
+				check(tracker.hand(b, skipped, sink.Progress{}))
+			},
+			"deliver": func(t *rapid.T) {
+				n := rapid.Uint64Range(0, handed-delivered).Draw(t, "delivered")
+				delivered += n
+				check(tracker.deliver(sink.Progress{Events: int(n)}))
+			},
+			"take": take,
+		})
+		n := handed - delivered
+		delivered = handed
+		check(tracker.deliver(sink.Progress{Events: int(n)}))
+		for taken := tracker.take(100, true); len(taken) > 0; taken = tracker.take(100, true) {
+			for _, r := range taken {
+				n, _ := strconv.Atoi(string(r.key))
+				rows[n].marked = true
+			}
+			check(tracker.marked(nil))
+		}
+		if unmarked() != noRow || tracker.rowBytes != 0 {
+			t.Fatalf("rows are left: %v, %d bytes", rows, tracker.rowBytes)
+		}
+	})
+}
+
+// Whoever reads waits while too many rows wait to be marked.
+func TestTrackerBoundsRows(t *testing.T) {
+	tracker := newTracker(1, sink.Progress{}, true)
+	b := event.NewBatch()
+	defer b.Release()
+	for range maxRows {
+		b.Rows = append(b.Rows, event.Row{Key: []byte("k")})
+	}
+	if tracker.room() != nil {
+		t.Fatal("an empty tracker has no room")
+	}
+	tracker.hand(b, 0, sink.Progress{})
+	room := tracker.room()
+	if room == nil {
+		t.Fatal("there is room for more")
+	}
+	select {
+	case <-tracker.due:
+	default:
+		t.Error("nobody was woken to mark them")
+	}
+	tracker.marked(tracker.take(markBatch, true)) // all of them are locked
+	select {
+	case <-room:
+		t.Fatal("there is room while as many rows wait as before")
+	default:
+	}
+	tracker.take(markBatch, true)
+	tracker.marked(nil)
+	<-room
+	if tracker.room() != nil {
+		t.Error("there is no room, and it was said that there is")
+	}
 }
 
 // A tick that is long in coming makes flush late, and nothing large.

@@ -39,26 +39,35 @@ func EnsureTrail(ctx context.Context, db *pgxConn, cfg Config) (string, error) {
 	if err != nil && !errors.Is(err, replication.ErrNoSlot) {
 		return "", err
 	}
-	did := "created slot " + name
+	record, err := sql.ReadSlot(ctx, db, cfg.Slot)
+	if err != nil {
+		return "", err
+	}
 	if exists {
 		if err := slot.Ours(db.Config().Database); err != nil {
 			return "", err
 		}
-		switch {
-		case cfg.Trail.Window == 0:
-			return "dropped slot " + name, replication.DropSlot(ctx, db, name)
-		case !slot.Lost() && slot.Plugin == replication.Plugin && slot.Failover:
-			return "", nil
-		case !slot.Lost() && slot.Plugin == replication.Plugin:
-			return "", setFailover(ctx, &cfg, name) // whoever made it was killed before that
-		}
+	}
+	did := "created slot " + name
+	switch {
+	case cfg.Trail.Window == 0 && exists:
+		return "dropped slot " + name, replication.DropSlot(ctx, db, name)
+	case cfg.Trail.Window == 0:
+		return "", nil
+	case !exists:
+	case slot.Lost() || slot.Plugin != replication.Plugin:
+		did = "made slot " + name + " anew, which could not be read any more"
+	case record.Made && slot.ConfirmedFlush < record.ConsistentPoint:
+		did = "made slot " + name + " anew, as slot " + cfg.Slot + " was"
+	case !slot.Failover: // whoever made it was killed before that
+		return "", setFailover(ctx, &cfg, name)
+	default:
+		return "", nil
+	}
+	if exists {
 		if err := replication.DropSlot(ctx, db, name); err != nil {
 			return "", err
 		}
-		did = "made slot " + name + " anew, which the server had invalidated"
-	}
-	if cfg.Trail.Window == 0 {
-		return "", nil
 	}
 	if err := replication.CopySlot(ctx, db, cfg.Slot, name); err != nil {
 		if _, there := replication.InspectSlot(ctx, db, name); there == nil {

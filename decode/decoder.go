@@ -27,7 +27,14 @@ type Config struct {
 	Skip Skip
 	// Replay says which events are delivered again.
 	Replay Replay
-	// Seen, unless nil, is called with the id of every row that comes by, left out or not. The slice is valid during the call.
+	// LookUp, unless nil, is asked for types by their OIDs, with all that they are made of, for tables whose whole row is the payload. It returns
+	// what the catalog says now, and an LSN, read before that, at which the log ended: the transactions of no row before it can have changed
+	// that. Its error ends the Decode.
+	LookUp func(oids []uint32) (Types, event.LSN, error)
+	// Token is what the messages of ebb.emit, which are events, begin with. Without it, no message is an event.
+	Token []byte
+	// Seen, unless nil, is called with the id of every row of the managed table that comes by, left out or not. The slice is valid during the
+	// call.
 	Seen func(id []byte)
 }
 
@@ -77,8 +84,10 @@ type Skipped struct {
 	Unmapped uint64
 	// Updates, Deletes and Truncates are no events. A publication of inserts alone sends none.
 	Updates, Deletes, Truncates uint64
-	// Messages counts logical decoding messages (pg_logical_emit_message).
+	// Messages counts logical decoding messages (pg_logical_emit_message) that are none of ebb's business.
 	Messages uint64
+	// Forged counts messages with ebb's prefix that ebb.emit has not written.
+	Forged uint64
 }
 
 // Decoder turns the messages of one replication connection, pgoutput protocol version 1, into events. It is used by one goroutine
@@ -86,6 +95,8 @@ type Skipped struct {
 type Decoder struct {
 	epochs  event.Epochs
 	buffers []Buffer
+	lookUp  func(oids []uint32) (Types, event.LSN, error)
+	token   []byte
 	skipped Skipped
 
 	skip   Skip
@@ -103,13 +114,17 @@ type Decoder struct {
 	open     bool           // a transaction has begun and not ended
 	position event.Position // of the row or message that came last
 	time     time.Time
+	xid      uint32
 
 	insert insertMessage // scratch, so that an insert takes no memory
+	id     []byte        // of an event whose position is its id
+	text   []byte        // of the key of a row
 }
 
 // New returns a Decoder that stands before the first message of a connection.
 func New(cfg Config) *Decoder {
-	d := &Decoder{epochs: cfg.Epochs, buffers: append([]Buffer(nil), cfg.Buffers...), skip: cfg.Skip, replay: cfg.Replay, see: cfg.Seen}
+	d := &Decoder{epochs: cfg.Epochs, buffers: append([]Buffer(nil), cfg.Buffers...), lookUp: cfg.LookUp, token: cfg.Token, skip: cfg.Skip,
+		replay: cfg.Replay, see: cfg.Seen}
 	if len(d.buffers) == 0 {
 		d.buffers = []Buffer{Managed()}
 	}
@@ -137,7 +152,7 @@ func (d *Decoder) SkippedMore() (uint64, event.Position) { return d.more, d.last
 // Decode decodes one message, and appends the event that it gives, if any, to the batch. The end of a transaction marks the batch
 // with the transaction's end LSN. Decode keeps nothing of msg. The batch may be another one in every call.
 //
-// An error wraps [ErrMalformed], [ErrMapping] or [ErrRow]. The batch holds the events before it, complete; d must be Reset.
+// An error wraps [ErrMalformed], [ErrMapping] or [ErrRow], or is that of Config.LookUp. The batch holds the events before it, complete; d must be Reset.
 func (d *Decoder) Decode(msg []byte, batch *event.Batch) error {
 	if len(msg) == 0 {
 		return fmt.Errorf("%w: it is empty", ErrMalformed)
@@ -154,7 +169,7 @@ func (d *Decoder) Decode(msg []byte, batch *event.Batch) error {
 	case 'Y':
 		return d.decodeType(msg)
 	case 'M':
-		return d.decodeMessage(msg)
+		return d.decodeMessage(msg, batch)
 	case 'O':
 		_, err := parseOrigin(msg)
 		return err
@@ -184,7 +199,7 @@ func (d *Decoder) decodeBegin(msg []byte) error {
 	if d.open {
 		return malformed('B', 0, "transaction %s has not ended", d.position.Commit)
 	}
-	d.open, d.time = true, pgTime(m.time)
+	d.open, d.time, d.xid = true, pgTime(m.time), m.xid
 	d.position = event.Position{Epoch: d.epochs.At(m.final), Commit: m.final}
 	return nil
 }
@@ -211,18 +226,36 @@ func (d *Decoder) decodeRelation(msg []byte) error {
 		return err
 	}
 	var buffer *Buffer
+	number := 0
 	for i := range d.buffers {
 		if b := &d.buffers[i]; string(m.namespace) == b.Schema && string(m.name) == b.Table {
-			buffer = b
+			buffer, number = b, i
 			break
 		}
 	}
 	t, err := newTable(&m, buffer, d.types)
 	if err != nil {
-		return err
+		t = unreadable(&m, buffer, err)
+	}
+	if buffer != nil {
+		t.number = number
+		t.resolveRowKey(&m)
+	}
+	if t.err != nil && !d.mayLeaveOut() {
+		return t.err
+	}
+	if t.row != nil {
+		if err := d.readTypes(t); err != nil {
+			return err
+		}
 	}
 	d.tables[m.id] = t
 	return nil
+}
+
+// mayLeaveOut reports whether an event may come by that the destination holds already.
+func (d *Decoder) mayLeaveOut() bool {
+	return !d.passed && !d.skip.Through.IsZero() || d.more < d.skip.More || d.skip.Held != nil
 }
 
 func (d *Decoder) decodeType(msg []byte) error {
@@ -262,13 +295,20 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 		}
 		return nil
 	}
-	if d.see != nil {
+	if d.see != nil && t.buffer.IsManaged() {
 		d.see(m.column(t.id))
 	}
 	if !d.passed || d.more < d.skip.More || d.skip.Held != nil {
-		if left, err := d.leaveOut(t); left || err != nil {
+		left, err := d.leaveOut(d.rowID(t))
+		if left {
+			d.addRow(t, batch)
+		}
+		if left || err != nil {
 			return err
 		}
+	}
+	if t.err != nil {
+		return t.err
 	}
 	for _, i := range [...]int{t.id, t.topic, t.key, t.payload, t.headers} {
 		if i == absent || m.row[i].kind == text || m.row[i].kind == null {
@@ -277,27 +317,63 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 		return malformed('I', 6, "row %s of %s: column %d has kind %q, want text or null", d.position, t.name, i+1, m.row[i].kind)
 	}
 	row := Row{
-		ID: m.column(t.id), Topic: m.column(t.topic), Key: m.column(t.key),
+		ID: d.rowID(t), Topic: m.column(t.topic), Key: m.column(t.key),
 		Payload: m.column(t.payload), Headers: m.column(t.headers),
-		Time: d.time, Position: d.position,
+		Time: d.time, Position: d.position, hex: t.hex,
+	}
+	if t.row != nil {
+		var err error
+		if row.Payload, err = d.encodeRow(t); err != nil {
+			return err
+		}
 	}
 	if err := t.buffer.append(batch, &row, t.contentType, event.Streamed); err != nil {
 		return err
 	}
+	d.addRow(t, batch)
 	batch.Events[len(batch.Events)-1].Replay = d.replay.number(d.position)
 	return nil
 }
 
-// leaveOut reports whether the destination holds the event of the row at hand already. It compares what comes by with what the
-// destination is known to hold.
-func (d *Decoder) leaveOut(t *table) (bool, error) {
+// addRow gives the batch the key of the row at hand, which is delivered when all events are that the batch holds now.
+func (d *Decoder) addRow(t *table, batch *event.Batch) {
+	if len(t.rowKey) == 0 {
+		return
+	}
+	d.text = d.text[:0]
+	for _, i := range t.rowKey {
+		d.text = event.AppendKey(d.text, d.insert.row[i].data)
+	}
+	batch.Rows = append(batch.Rows, event.Row{Events: len(batch.Events), Table: t.number, XID: d.xid, Key: batch.Copy(d.text)})
+}
+
+// rowID returns the id of the event of the row at hand, or nil if that cannot be told.
+func (d *Decoder) rowID(t *table) []byte {
+	if t.buffer.ID == "" {
+		return d.positionID()
+	}
+	return d.insert.column(t.id)
+}
+
+// positionID returns the id of an event whose position is its id, valid until it is called again. It is the position in which the event was
+// delivered first, so that it is the same in a replay.
+func (d *Decoder) positionID() []byte {
+	at := d.position
+	at.Epoch = d.epochs.FirstAt(at.Commit)
+	d.id = at.Append(d.id[:0])
+	return d.id
+}
+
+// leaveOut reports whether the destination holds the event at hand already. It compares what comes by with what the destination is known to
+// hold.
+func (d *Decoder) leaveOut(id []byte) (bool, error) {
 	through := d.position.Compare(d.skip.Through)
 	if d.position.Compare(d.skip.Since) > 0 && through <= 0 {
 		d.counted++
 	}
 	if through == 0 {
 		d.seen = true
-		if id := d.insert.column(t.id); d.skip.ID != "" && t.id != absent && string(id) != d.skip.ID {
+		if d.skip.ID != "" && id != nil && string(id) != d.skip.ID {
 			return false, d.positionsChanged(fmt.Sprintf("event %q", id))
 		}
 	}
@@ -316,7 +392,7 @@ func (d *Decoder) leaveOut(t *table) (bool, error) {
 	case d.more < d.skip.More:
 		d.more++
 		d.last = d.position
-	case d.skip.Held != nil && d.skip.Held(d.insert.column(t.id)):
+	case d.skip.Held != nil && d.skip.Held(id):
 	default:
 		return false, nil
 	}
@@ -335,21 +411,6 @@ func (m *insertMessage) column(i int) []byte {
 		return nil
 	}
 	return m.row[i].data
-}
-
-// decodeMessage counts a logical message, so that the positions behind it stay the same when messages become events. One that
-// is not transactional belongs to no transaction: it comes when it is decoded, between two of them.
-func (d *Decoder) decodeMessage(msg []byte) error {
-	m, err := parseMessage(msg)
-	if err != nil {
-		return err
-	}
-	d.skipped.Messages++
-	if !m.transactional {
-		return nil
-	}
-	d.position.Index++
-	return d.needTransaction('M')
 }
 
 func (d *Decoder) needTransaction(kind byte) error {

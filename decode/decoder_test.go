@@ -170,7 +170,8 @@ func relation(id uint32, columns ...string) []byte {
 	b = binary.BigEndian.AppendUint16(b, uint16(len(columns)))
 	for _, c := range columns {
 		name, typ, _ := strings.Cut(c, " ")
-		oid := map[string]uint32{"int8": 20, "text": 25, "json": 114, "varchar": 1043, "jsonb": 3802, "bytea": 17, "app.doc": 70000}[typ]
+		oid := map[string]uint32{"int8": 20, "text": 25, "json": 114, "varchar": 1043, "jsonb": 3802, "bytea": 17, "app.doc": 70000, "uuid": 2950, "pair": oidPair,
+			"pairs": oidPairs}[typ]
 		b = append(append(append(b, 0), name...), 0)
 		b = append(binary.BigEndian.AppendUint32(b, oid), 0xff, 0xff, 0xff, 0xff)
 	}
@@ -222,6 +223,26 @@ func TestOwnTable(t *testing.T) {
 			Buffer{ID: "n", TopicValue: "t", Payload: "doc"},
 			relation(1, "doc app.doc", "n int8"), insert(1, "t1", "t5"),
 			shown{1, "5", "t", "-", "1", ""}, "application/json",
+		},
+		"bytea": {
+			Buffer{ID: "n", TopicValue: "t", Payload: "doc"},
+			relation(1, "doc bytea", "n int8"), insert(1, `t\x00ff10`, "t5"),
+			shown{1, "5", "t", "-", "\x00\xff\x10", ""}, "application/octet-stream",
+		},
+		"empty bytea, content type": {
+			Buffer{ID: "n", TopicValue: "t", Payload: "doc", ContentType: "image/png"},
+			relation(1, "doc bytea", "n int8"), insert(1, `t\x`, "t5"),
+			shown{1, "5", "t", "-", "", ""}, "image/png",
+		},
+		"text, content type": {
+			Buffer{ID: "n", TopicValue: "t", Payload: "doc", ContentType: "application/xml"},
+			relation(1, "doc text", "n int8"), insert(1, "t<a/>", "t5"),
+			shown{1, "5", "t", "-", "<a/>", ""}, "application/xml",
+		},
+		"whole row": {
+			Buffer{ID: "n", TopicValue: "t"},
+			relation(1, "doc json", "n int8", "note text", "data bytea"), insert(1, `t{"a":  1}`, "t5", "n", `t\x00`),
+			shown{1, "5", "t", "-", `{"doc":{"a":  1},"n":5,"note":null,"data":"\\x00"}`, ""}, "application/json",
 		},
 		"columns that are not mapped do not matter": {
 			Buffer{ID: "n", TopicValue: "t", Payload: "doc"},
@@ -286,11 +307,11 @@ func TestErrors(t *testing.T) {
 
 		{ErrMapping, `ebb.buffer: column "payload" is not in the publication; run ebb setup`, nil, msgs{relation(1, "id int8", "topic text", "key text", "headers jsonb")}},
 		{ErrMapping, `ebb.buffer: column "id" is not in the publication; run ebb setup`, nil, msgs{relation(1)}},
-		{ErrMapping, `ebb.buffer: column "payload" has type bytea; make it json, jsonb, text or varchar`, nil, msgs{relation(1, "id int8", "topic text", "key text", "payload bytea", "headers jsonb")}},
-		{ErrMapping, `ebb.buffer: column "payload" has type with OID 70000; make it json, jsonb, text or varchar`, nil, msgs{relation(1, "id int8", "topic text", "key text", "payload app.doc", "headers jsonb")}},
+		{ErrMapping, `ebb.buffer: column "payload" has type with OID 2950; make it json, jsonb, text, varchar or bytea`, nil, msgs{relation(1, "id int8", "topic text", "key text", "payload uuid", "headers jsonb")}},
+		{ErrMapping, `ebb.buffer: column "payload" has type with OID 70000; make it json, jsonb, text, varchar or bytea`, nil, msgs{relation(1, "id int8", "topic text", "key text", "payload app.doc", "headers jsonb")}},
 		{ErrMapping, `ebb.buffer: column "headers" has type app.doc; make it json or jsonb`, nil, msgs{announce(70000, "app", "doc"), relation(1, "id int8", "topic text", "key text", "payload json", "headers app.doc")}},
 		{ErrMapping, `ebb.buffer: column "headers" has type text; make it json or jsonb`, nil, msgs{relation(1, "id int8", "topic text", "key text", "payload json", "headers text")}},
-		{ErrMapping, `ebb.buffer: the whole row as payload is not available yet; name a payload column`, own(Buffer{TopicValue: "t"}), msgs{managed}},
+		{ErrMapping, `table ebb.buffer: column "doc": nothing is known of the type with OID 70000`, own(Buffer{TopicValue: "t"}), msgs{relation(1, "doc app.doc")}},
 		{ErrMapping, `ebb.buffer: there is no topic; name a topic column or give a value`, own(Buffer{Payload: "payload"}), msgs{managed}},
 
 		{ErrRow, `ebb.buffer: row at 1:0/10:2: column "id" is NULL; declare it NOT NULL`, nil, msgs{begin(16), managed, good, insert(1, "n", "tt", "n", "t1", "n")}},
@@ -298,6 +319,16 @@ func TestErrors(t *testing.T) {
 		{ErrRow, `ebb.buffer: row with id "9" at 1:0/10:1: column "payload" is NULL; declare it NOT NULL`, nil, msgs{begin(16), managed, insert(1, "t9", "tt", "n", "n", "n")}},
 		{ErrRow, `ebb.buffer: row with id "9" at 1:0/10:1: column "headers": want a JSON object`, nil, msgs{begin(16), managed, insert(1, "t9", "tt", "n", "t1", "t[]")}},
 		{ErrRow, `column "headers": want a JSON object`, nil, msgs{begin(16), managed, insert(1, "t9", "tt", "n", "t1", "t{")}},
+		{ErrRow, `ebb.buffer: row with id "5" at 1:0/10:1: column "doc": want bytea in hex format; set bytea_output = hex`,
+			own(Buffer{ID: "n", TopicValue: "t", Payload: "doc"}), msgs{begin(16), relation(1, "n int8", "doc bytea"), insert(1, "t5", `t\\x00`)}},
+		{ErrRow, `column "doc": want bytea in hex format; set bytea_output = hex`,
+			own(Buffer{ID: "n", TopicValue: "t", Payload: "doc"}), msgs{begin(16), relation(1, "n int8", "doc bytea"), insert(1, "t5", `t\x0`)}},
+		{ErrRow, `ebb.buffer: row with id "5" at 1:0/10:1: column "payload" is NULL; declare it NOT NULL`,
+			own(Buffer{ID: "n", TopicValue: "t", Payload: "payload"}), msgs{begin(16), relation(1, "n int8", "payload bytea"), insert(1, "t5", "n")}},
+		{ErrRow, `ebb.buffer: row with id "5" at 1:0/10:1: impossible event: column "doc": a value of the type with OID 114 is not the text of JSON at byte 0`,
+			own(Buffer{ID: "n", TopicValue: "t"}), msgs{begin(16), relation(1, "n int8", "doc json"), insert(1, "t5", "t{")}},
+		{ErrMalformed, `Insert at byte 6: row 1:0/10:1 of ebb.buffer: column 2 has kind 'u', want text or null`,
+			own(Buffer{TopicValue: "t"}), msgs{begin(16), relation(1, "n int8", "doc json"), insert(1, "t5", "u")}},
 	} {
 		d, batch := New(Config{Epochs: epoch(1), Buffers: test.buffers}), event.NewBatch()
 		last := len(test.msgs) - 1
@@ -359,9 +390,9 @@ func TestRecoveredRowGivesTheEventOfTheSlot(t *testing.T) {
 	}
 
 	for want, err := range map[string]error{
-		`row at 1:0/0:0: column "id" is NULL; declare it NOT NULL`:              managed.AppendRow(recovered, Row{Position: want.Position, PayloadType: 114}),
-		`column "payload" has type bytea; make it json, jsonb, text or varchar`: managed.AppendRow(recovered, Row{PayloadType: 17}),
-		`ebb.own has no id column, so what it holds cannot be recovered`:        (&Buffer{Schema: "ebb", Table: "own"}).AppendRow(recovered, row),
+		`row at 1:0/0:0: column "id" is NULL; declare it NOT NULL`:                             managed.AppendRow(recovered, Row{Position: want.Position, PayloadType: 114}),
+		`column "payload" has type with OID 2950; make it json, jsonb, text, varchar or bytea`: managed.AppendRow(recovered, Row{PayloadType: 2950}),
+		`ebb.own has no id column, and a row that is recovered has no position of its own`:     (&Buffer{Schema: "ebb", Table: "own"}).AppendRow(recovered, Row{}),
 	} {
 		if !strings.HasSuffix(fmt.Sprint(err), want) || !errors.Is(err, ErrRow) && !errors.Is(err, ErrMapping) {
 			t.Errorf("got %v, want … %s", err, want)

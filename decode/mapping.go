@@ -1,8 +1,10 @@
 package decode
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"ebb/event"
@@ -16,7 +18,7 @@ var (
 )
 
 // Buffer says which columns of a table make an event. ID, Topic, Key, Payload and Headers are column names. The columns ID and
-// Topic may have any type, in whose text form they are taken; Payload is json, jsonb, text or varchar, Headers json or jsonb,
+// Topic may have any type, in whose text form they are taken; Payload is json, jsonb, text, varchar or bytea, Headers json or jsonb,
 // or a domain over one of these.
 type Buffer struct {
 	Schema, Table string
@@ -26,8 +28,15 @@ type Buffer struct {
 	Topic, TopicValue string
 	// Key and Headers may be left out.
 	Key, Headers string
-	// Payload is passed on unchanged.
+	// Payload is passed on unchanged, of bytea the bytes. Without it, the whole row is the payload, as JSON; see [RowEncoder].
 	Payload string
+	// ContentType is the media type of a payload in text, varchar or bytea; "" stands for text/plain or application/octet-stream.
+	ContentType string
+	// RowKey, of a table in which delivery is recorded row by row, are the columns of its primary key: the batch gets their text with every
+	// event, also with one that is left out.
+	RowKey []string
+	// NotNumber says that the id must not be a number, as those of another buffer are.
+	NotNumber bool
 }
 
 // Managed returns the mapping of the table that ebb setup creates.
@@ -35,11 +44,29 @@ func Managed() Buffer {
 	return Buffer{Schema: "ebb", Table: "buffer", ID: "id", Topic: "topic", Key: "key", Payload: "payload", Headers: "headers"}
 }
 
+// MissingColumnError says that rows come without a column that the mapping needs. It wraps [ErrMapping]. The table may have the column by now:
+// then the rows are from before it was added or renamed.
+type MissingColumnError struct{ Schema, Table, Column string }
+
+func (e *MissingColumnError) Error() string {
+	return fmt.Sprintf("%v: %s.%s: column %q is not in the publication; run ebb setup", ErrMapping, e.Schema, e.Table, e.Column)
+}
+
+func (e *MissingColumnError) Unwrap() error { return ErrMapping }
+
+// IsManaged reports whether the mapping is of the table that ebb setup creates.
+func (b *Buffer) IsManaged() bool { return b.Schema == "ebb" && b.Table == "buffer" }
+
 // Row is a row of a buffer table that did not come by the slot. Its byte slices hold the text form of the columns; nil is NULL.
 type Row struct {
 	ID, Topic, Key, Payload, Headers []byte
-	// PayloadType is the OID of the payload column's type.
+	// PayloadType is the OID of the payload column's type, of a domain that of its base type.
 	PayloadType uint32
+	// Values, where the whole row is the payload, are what Encoder makes the payload of.
+	Values  [][]byte
+	Encoder *RowEncoder
+	// hex says that Payload is that of a bytea.
+	hex bool
 	// Time is when the row was created.
 	Time time.Time
 	// Position is that of the event before it.
@@ -50,13 +77,21 @@ type Row struct {
 // position, its time, and its origin, which is [event.Recovered]. It keeps none of row's memory. The error wraps [ErrRow] or
 // [ErrMapping]; the batch's events are unchanged then.
 func (b *Buffer) AppendRow(batch *event.Batch, row Row) error {
-	if b.ID == "" {
-		return fmt.Errorf("%w: %s has no id column, so what it holds cannot be recovered", ErrMapping, b.name())
+	if b.ID == "" && row.ID == nil {
+		return fmt.Errorf("%w: %s has no id column, and a row that is recovered has no position of its own", ErrMapping, b.name())
+	}
+	if b.Payload == "" {
+		var err error
+		if row.Payload, err = row.Encoder.payload(row.Values); err != nil {
+			return b.encodeError(&row, err)
+		}
+		return b.append(batch, &row, jsonType, event.Recovered)
 	}
 	contentType, err := b.contentType(typeName(row.PayloadType, nil))
 	if err != nil {
 		return err
 	}
+	row.hex = row.PayloadType == oidBytea
 	return b.append(batch, &row, contentType, event.Recovered)
 }
 
@@ -66,11 +101,11 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 		Position: row.Position, Time: row.Time.UTC(), Origin: origin, ContentType: contentType,
 	}
 	switch {
-	case b.ID == "":
-		var id [64]byte
-		e.ID = batch.Copy(row.Position.Append(id[:0]))
 	case row.ID == nil:
 		return b.nullColumn(row, b.ID)
+	case b.NotNumber && isRowNumber(row.ID):
+		return b.rowError(row, "column %q is a number, and so are the ids of another buffer, so that one event could be taken for the other: "+
+			"use a uuid, or put something before it", b.ID)
 	default:
 		e.ID = batch.Copy(row.ID)
 	}
@@ -85,9 +120,13 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 	if row.Payload == nil {
 		return b.nullColumn(row, b.Payload)
 	}
-	e.Key, e.Payload = batch.Copy(row.Key), batch.Copy(row.Payload)
+	var err error
+	if e.Key = batch.Copy(row.Key); !row.hex {
+		e.Payload = batch.Copy(row.Payload)
+	} else if e.Payload, err = unhex(batch, row.Payload); err != nil {
+		return b.rowError(row, "column %q: %v", b.Payload, err)
+	}
 	if row.Headers != nil {
-		var err error
 		if e.Headers, err = appendHeaders(batch, row.Headers); err != nil {
 			return b.rowError(row, "column %q: %v", b.Headers, err)
 		}
@@ -96,17 +135,25 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 	return nil
 }
 
+// isRowNumber reports whether an id reads like that of a row whose ids are numbers.
+func isRowNumber(id []byte) bool {
+	_, err := strconv.ParseInt(string(id), 10, 64)
+	return err == nil
+}
+
 func (b *Buffer) name() string { return b.Schema + "." + b.Table }
 
 // contentType returns the media type of the payload column, given the name of its type.
 func (b *Buffer) contentType(typeName string) (string, error) {
 	switch typeName {
 	case "json", "jsonb":
-		return "application/json", nil
+		return jsonType, nil
 	case "text", "varchar":
-		return "text/plain; charset=utf-8", nil
+		return cmp.Or(b.ContentType, "text/plain; charset=utf-8"), nil
+	case "bytea":
+		return cmp.Or(b.ContentType, "application/octet-stream"), nil
 	}
-	return "", b.badType(b.Payload, typeName, "json, jsonb, text or varchar") // bytea comes later
+	return "", b.badType(b.Payload, typeName, "json, jsonb, text, varchar or bytea")
 }
 
 func (b *Buffer) badType(column, is, want string) error {
@@ -126,6 +173,9 @@ func (b *Buffer) rowError(row *Row, format string, args ...any) error {
 	return fmt.Errorf("%w: %s: row %s: %s", ErrRow, b.name(), at, fmt.Sprintf(format, args...))
 }
 
+// jsonType is the media type of JSON.
+const jsonType = "application/json"
+
 // absent stands for the number of a column that the mapping leaves out.
 const absent = -1
 
@@ -137,6 +187,48 @@ type table struct {
 	buffer                           *Buffer
 	id, topic, key, payload, headers int
 	contentType                      string
+	// hex says that the payload is bytea.
+	hex bool
+	// row, unless nil, makes the payload of the whole row.
+	row *wholeRow
+	// number is that of the buffer, and rowKey are the columns of its RowKey.
+	number int
+	rowKey []int
+	// err, unless nil, says why no event can be made of a row. One that is left out need not be one: the columns may have had other names
+	// when it was delivered.
+	err error
+}
+
+// unreadable returns a table of whose rows no event can be made, with what can be told of it nevertheless.
+func unreadable(m *relationMessage, buffer *Buffer, err error) *table {
+	t := &table{name: string(m.namespace) + "." + string(m.name), columns: len(m.columns), buffer: buffer, err: err}
+	t.id = m.find(buffer.ID)
+	return t
+}
+
+// resolveRowKey finds the columns of the buffer's RowKey.
+func (t *table) resolveRowKey(m *relationMessage) {
+	for _, name := range t.buffer.RowKey {
+		i := m.find(name)
+		if i == absent {
+			t.rowKey = nil
+			if t.err == nil {
+				t.err = &MissingColumnError{Schema: t.buffer.Schema, Table: t.buffer.Table, Column: name}
+			}
+			return
+		}
+		t.rowKey = append(t.rowKey, i)
+	}
+}
+
+// find returns the number of a column, or absent.
+func (m *relationMessage) find(name string) int {
+	for i := range m.columns {
+		if name != "" && string(m.columns[i].name) == name {
+			return i
+		}
+	}
+	return absent
 }
 
 // newTable resolves the columns of buffer, which may be nil, in the relation. See typeName for types.
@@ -144,9 +236,6 @@ func newTable(m *relationMessage, buffer *Buffer, types map[uint32]string) (*tab
 	t := &table{name: string(m.namespace) + "." + string(m.name), columns: len(m.columns), buffer: buffer}
 	if buffer == nil {
 		return t, nil
-	}
-	if buffer.Payload == "" {
-		return nil, fmt.Errorf("%w: %s: the whole row as payload is not available yet; name a payload column", ErrMapping, t.name)
 	}
 	if buffer.Topic == "" && buffer.TopicValue == "" {
 		return nil, fmt.Errorf("%w: %s: there is no topic; name a topic column or give a value", ErrMapping, t.name)
@@ -162,7 +251,7 @@ func newTable(m *relationMessage, buffer *Buffer, types map[uint32]string) (*tab
 			}
 		}
 		if err == nil {
-			err = fmt.Errorf("%w: %s: column %q is not in the publication; run ebb setup", ErrMapping, t.name, name)
+			err = &MissingColumnError{Schema: buffer.Schema, Table: buffer.Table, Column: name}
 		}
 		return absent
 	}
@@ -171,8 +260,14 @@ func newTable(m *relationMessage, buffer *Buffer, types map[uint32]string) (*tab
 	if err != nil {
 		return nil, err
 	}
-	if t.contentType, err = buffer.contentType(typeName(m.columns[t.payload].typeID, types)); err != nil {
-		return nil, err
+	if t.payload == absent {
+		t.contentType, t.row = jsonType, newWholeRow(m)
+	} else {
+		name := typeName(m.columns[t.payload].typeID, types)
+		if t.contentType, err = buffer.contentType(name); err != nil {
+			return nil, err
+		}
+		t.hex = name == "bytea"
 	}
 	if t.headers != absent {
 		if name := typeName(m.columns[t.headers].typeID, types); name != "json" && name != "jsonb" {
@@ -185,16 +280,16 @@ func newTable(m *relationMessage, buffer *Buffer, types map[uint32]string) (*tab
 // typeName returns the name of a type, "json" for the built-in one and "app.json" for another. The names in announced are those
 // of Type messages, which give a domain the name of its base type.
 func typeName(id uint32, announced map[uint32]string) string {
-	switch id { // OIDs that are the same in every database (src/include/catalog/pg_type.dat)
-	case 17:
+	switch id {
+	case oidBytea:
 		return "bytea"
-	case 25:
+	case oidText:
 		return "text"
-	case 114:
+	case oidJSON:
 		return "json"
-	case 1043:
+	case oidVarchar:
 		return "varchar"
-	case 3802:
+	case oidJSONB:
 		return "jsonb"
 	}
 	if name, ok := announced[id]; ok {

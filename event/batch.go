@@ -1,6 +1,9 @@
 package event
 
-import "sync"
+import (
+	"encoding/binary"
+	"sync"
+)
 
 // Mark says: once the first Events events of the batch and all of the batches before it are delivered, everything in the log
 // before First is, and so is everything before Last, as no event stands between. It stands for the end of a transaction or for a
@@ -10,12 +13,38 @@ type Mark struct {
 	First, Last LSN
 }
 
+// Row names a row of a table in which delivery is recorded by a mark or by its absence: once the first Events events of the batch and all of
+// the batches before it are delivered, that of the row is.
+type Row struct {
+	Events int
+	// Table is the number of its table among those of the decoder.
+	Table int
+	// XID is the id of its transaction, without the epoch. The row may be decoded before a query sees it.
+	XID uint32
+	// Key is the text of the columns that tell the row from the others of its table, as [AppendKey] joins them.
+	Key []byte
+}
+
+// AppendKey appends the text of one column of a key.
+func AppendKey(key, column []byte) []byte {
+	key = binary.AppendUvarint(key, uint64(len(column)))
+	return append(key, column...)
+}
+
+// SplitKey takes the text of the first column off a key.
+func SplitKey(key []byte) (column, rest []byte) {
+	n, size := binary.Uvarint(key)
+	return key[size : size+int(n)], key[size+int(n):]
+}
+
 // Batch is a run of events in order, together with the memory that they point into. A batch may begin and end anywhere in a
 // transaction. It is used by one goroutine at a time, and handed on.
 type Batch struct {
 	Events []Event
 	// Marks are in order of Events and LSN.
 	Marks []Mark
+	// Rows are in order of Events. Those of events that were left out, as the destination holds them already, are among them.
+	Rows []Row
 
 	headers []Header
 	arena   []byte
@@ -43,7 +72,8 @@ func (b *Batch) Release() {
 func (b *Batch) Reset() {
 	clear(b.Events)
 	clear(b.headers)
-	b.Events, b.Marks, b.headers, b.arena, b.size = b.Events[:0], b.Marks[:0], b.headers[:0], b.arena[:0], 0
+	clear(b.Rows)
+	b.Events, b.Marks, b.Rows, b.headers, b.arena, b.size = b.Events[:0], b.Marks[:0], b.Rows[:0], b.headers[:0], b.arena[:0], 0
 }
 
 // Size returns the number of content bytes that the batch holds.

@@ -33,6 +33,20 @@ func (e Epochs) FirstAt(commit LSN) uint32 {
 	return 0
 }
 
+// Repeats reports whether the transaction of a position is delivered again in a later epoch.
+func (e Epochs) Repeats(p Position) bool {
+	for _, later := range e {
+		switch {
+		case later.Number <= p.Epoch:
+		case !later.Replay && later.From == 0:
+			return false // LSNs from before it and after it cannot be compared
+		case later.Replay && later.From <= p.Commit:
+			return true
+		}
+	}
+	return false
+}
+
 // RuleOut reports whether no transaction of this history can have a position, as a later epoch had begun when it committed. It is of
 // another history then, which parted from this one: a primary goes on that has lost it.
 func (e Epochs) RuleOut(p Position) bool {

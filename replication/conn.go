@@ -31,6 +31,8 @@ const closeTimeout = 2 * time.Second
 // Conn is a replication connection that is not streaming yet. It is used by one goroutine.
 type Conn struct {
 	pg *pgconn.PgConn
+	// snapshot says that the connection is in the transaction of a slot that it has made.
+	snapshot bool
 }
 
 // System identifies the database cluster behind a connection.
@@ -148,7 +150,20 @@ type NewSlot struct {
 // CreateSlot creates a logical slot. When anything goes wrong after the slot exists, it is dropped again.
 //
 // The server waits for every transaction that is writing now to end; ctx bounds that.
-func (c *Conn) CreateSlot(ctx context.Context, name string) (_ NewSlot, err error) {
+func (c *Conn) CreateSlot(ctx context.Context, name string) (NewSlot, error) {
+	slot, err := c.CreateSlotInSnapshot(ctx, name)
+	if err != nil {
+		return NewSlot{}, err
+	}
+	if err := c.EndSnapshot(ctx); err != nil {
+		return NewSlot{}, errors.Join(fmt.Errorf("create slot %q: %w", name, err), c.abandonSlot(name))
+	}
+	return slot, nil
+}
+
+// CreateSlotInSnapshot does what [Conn.CreateSlot] does, and leaves the connection in a transaction whose queries see what the slot's snapshot
+// sees, until [Conn.EndSnapshot]. Meanwhile the server removes no row that they see.
+func (c *Conn) CreateSlotInSnapshot(ctx context.Context, name string) (_ NewSlot, err error) {
 	create := pglogrepl.CreateReplicationSlotOptions{SnapshotAction: "USE_SNAPSHOT", Mode: pglogrepl.LogicalReplication}
 	major, err := c.major(ctx)
 	if err != nil {
@@ -181,9 +196,12 @@ func (c *Conn) CreateSlot(ctx context.Context, name string) (_ NewSlot, err erro
 	if slot.Snapshot, err = c.exec(ctx, "SELECT pg_current_snapshot()"); err != nil {
 		return NewSlot{}, fmt.Errorf("create slot %q: read its snapshot: %w", name, err)
 	}
-	if _, err := c.exec(ctx, "COMMIT"); err != nil {
-		return NewSlot{}, fmt.Errorf("create slot %q: read its snapshot: %w", name, err)
+	// Neither limits on the time of an ordinary transaction, nor a policy that hides rows, may apply to what is read in it.
+	if _, err := c.exec(ctx, `SELECT set_config(name, CASE name WHEN 'row_security' THEN 'off' ELSE '0' END, true) FROM pg_settings
+		WHERE name IN ('row_security', 'statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')`); err != nil {
+		return NewSlot{}, fmt.Errorf("create slot %q: set up its transaction: %w", name, err)
 	}
+	c.snapshot = true
 	return slot, nil
 }
 
@@ -200,6 +218,80 @@ func (c *Conn) major(ctx context.Context) (int, error) {
 	return major, nil
 }
 
+// AbandonSlot drops a slot that the connection has just made, in whatever state its transaction is.
+func (c *Conn) AbandonSlot(name string) error { return c.abandonSlot(name) }
+
+// HasSnapshot reports whether the connection is in the transaction of a slot that it has made.
+func (c *Conn) HasSnapshot() bool { return c.snapshot }
+
+// EndSnapshot ends the transaction of a slot that the connection has made, if it is in one.
+func (c *Conn) EndSnapshot(ctx context.Context) error {
+	if !c.snapshot {
+		return nil
+	}
+	c.snapshot = false
+	if _, err := c.exec(ctx, "COMMIT"); err != nil {
+		return fmt.Errorf("end the slot's snapshot: %w", err)
+	}
+	return nil
+}
+
+// Column is one that a query has returned.
+type Column struct {
+	Name string
+	// Type is its OID, of a domain that of its base type.
+	Type uint32
+}
+
+// Holds runs a query that returns one boolean, as the connection's snapshot sees it.
+func (c *Conn) Holds(ctx context.Context, query string) (bool, error) {
+	text, err := c.exec(ctx, query)
+	if err != nil {
+		return false, err
+	}
+	return text == "t", nil
+}
+
+// Rows calls page with the rows of a query, in text format and as the connection's snapshot sees them, some at a time: about size bytes of
+// them. What page is given is its own. An error of page ends the query.
+func (c *Conn) Rows(ctx context.Context, query string, size int, page func(columns []Column, rows [][][]byte) error) error {
+	const most = 1000
+	// A cursor, because a server whose client takes nothing for a while gives it up (tcp_user_timeout).
+	if _, err := c.exec(ctx, "DECLARE ebb_rows NO SCROLL CURSOR FOR "+query); err != nil {
+		return err
+	}
+	for count := 1; ; {
+		results, err := c.pg.Exec(ctx, fmt.Sprintf("FETCH %d FROM ebb_rows", count)).ReadAll()
+		if err != nil {
+			return err
+		}
+		if len(results) != 1 {
+			return fmt.Errorf("%d results for one query", len(results))
+		}
+		r := results[0]
+		if len(r.Rows) == 0 {
+			_, err := c.exec(ctx, "CLOSE ebb_rows")
+			return err
+		}
+		columns := make([]Column, len(r.FieldDescriptions))
+		for i, f := range r.FieldDescriptions {
+			columns[i] = Column{f.Name, f.DataTypeOID}
+		}
+		got := 1
+		for _, row := range r.Rows {
+			for _, v := range row {
+				got += len(v)
+			}
+		}
+		if err := page(columns, r.Rows); err != nil {
+			_, closeErr := c.exec(ctx, "CLOSE ebb_rows")
+			return errors.Join(err, closeErr)
+		}
+		// As many as would have made a page of the size wanted, but rows may be larger further on.
+		count = min(max(1, len(r.Rows)*size/got), 2*len(r.Rows), most)
+	}
+}
+
 // abandonSlot drops a slot that was just created, on this connection if it still works.
 func (c *Conn) abandonSlot(name string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
@@ -207,6 +299,7 @@ func (c *Conn) abandonSlot(name string) error {
 	if c.pg.IsClosed() {
 		return nil
 	}
+	c.snapshot = false
 	if _, err := c.exec(ctx, "ROLLBACK"); err != nil {
 		return fmt.Errorf("roll back: %w", err)
 	}

@@ -275,6 +275,10 @@ func TestConfirmReachesTheServer(t *testing.T) {
 		}
 		done <- nil
 	}()
+	// Until the server knows a flush position, it does not count for a COMMIT that waits.
+	pgtest.Eventually(t, 2*time.Second, func() (bool, string) {
+		return pgtest.Value[bool](t, db, "SELECT flush_lsn IS NOT NULL FROM pg_stat_replication WHERE application_name = $1", db.Name), "the server was told nothing"
+	})
 	for range 20 {
 		db.Exec(t, "INSERT INTO buffer VALUES (1, 'x')")
 		var text string

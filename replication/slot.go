@@ -125,14 +125,16 @@ func InspectSlot(ctx context.Context, db *pgx.Conn, name string) (Slot, error) {
 }
 
 // Waiters describes, a line each, the transactions that a CREATE_REPLICATION_SLOT waits for: those that have written and have
-// not ended.
+// not ended. Of sessions of other roles, a role without pg_read_all_stats sees little more than that they are there.
 func Waiters(ctx context.Context, db *pgx.Conn) ([]string, error) {
 	rows, err := db.Query(ctx, `
 		SELECT format('pid %s, user %s, application %s, %s, in its transaction for %s: %s',
-			pid, coalesce(usename, '?'), coalesce(nullif(application_name, ''), '?'), coalesce(state, '?'),
-			date_trunc('second', clock_timestamp() - xact_start), left(regexp_replace(query, '\s+', ' ', 'g'), 80))
+			pid, coalesce(usename, '?'), coalesce(nullif(application_name, ''), '?'),
+			CASE WHEN wait_event = 'SyncRep' THEN 'waiting for a synchronous standby in its COMMIT' ELSE coalesce(state, '?') END,
+			coalesce(date_trunc('second', clock_timestamp() - xact_start)::text, '?'), left(regexp_replace(query, '\s+', ' ', 'g'), 80))
 		FROM pg_stat_activity
-		WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()
+		WHERE pid <> pg_backend_pid()
+		  AND pid IN (SELECT pid FROM pg_locks WHERE locktype = 'transactionid' AND mode = 'ExclusiveLock' AND granted)
 		UNION ALL
 		SELECT format('prepared transaction %s of %s, since %s: COMMIT PREPARED or ROLLBACK PREPARED it', gid, owner, prepared)
 		FROM pg_prepared_xacts

@@ -29,8 +29,10 @@ const (
 	// maxTimeout is how long the server waits, at most, for a sign of life (wal_sender_timeout), and minSilence how long the server is
 	// waited for, at least.
 	maxTimeout, minSilence = 20 * time.Second, 20 * time.Second
-	// minStatusInterval keeps a busy stream from writing a status for every delivered batch.
-	minStatusInterval = time.Millisecond
+	// minStatusInterval keeps a stream from writing a status for every delivered event. A COMMIT may wait for it.
+	minStatusInterval = 100 * time.Microsecond
+	// busyStatusInterval is the same for a stream that is behind.
+	busyStatusInterval = time.Millisecond
 	// writeTimeout is how long a server that has stopped reading is waited for.
 	writeTimeout = 10 * time.Second
 	// maxMessage is what the protocol's signed length field can say.
@@ -66,6 +68,7 @@ type Stream struct {
 	lastRead   time.Time
 	lastStatus time.Time
 	lastAsked  time.Time // when the server was last asked to answer
+	behind     bool      // what the last Fill was told
 
 	write, flush atomic.Uint64
 	dirty        atomic.Bool   // there is something to report before the interval is over
@@ -160,6 +163,8 @@ func (s *Stream) start(ctx context.Context, slot, publication string, at event.L
 		switch kind {
 		case 'W': // CopyBothResponse
 			s.lastRead, s.lastStatus = time.Now(), time.Now()
+			// A COMMIT may wait for what is confirmed already, for which the bridge before this one was not there to say so.
+			s.dirty.Store(true)
 			return nil
 		case 'E':
 			return serverError(body)
@@ -175,7 +180,7 @@ func (s *Stream) start(ctx context.Context, slot, publication string, at event.L
 //
 // It returns nil without a message when ctx ends: the caller is asked to look.
 func (s *Stream) Fill(ctx context.Context, behind bool) error {
-	if behind {
+	if s.behind = behind; behind {
 		select {
 		case <-time.After(coalesceDelay):
 		case <-ctx.Done():
@@ -381,6 +386,9 @@ func (s *Stream) interrupt() {
 // statusDue returns when the next status is to be sent.
 func (s *Stream) statusDue() time.Time {
 	if s.dirty.Load() {
+		if s.behind {
+			return s.lastStatus.Add(busyStatusInterval)
+		}
 		return s.lastStatus.Add(minStatusInterval)
 	}
 	return s.lastStatus.Add(s.interval)

@@ -42,8 +42,13 @@ type migration struct {
 // Setup describes what `ebb setup` brings about in the database, the slot apart.
 type Setup struct {
 	Publication string
+	// Slot is whose tables these are. Tables, if there are any, are what it carries; none stand for the managed one.
+	Slot   string
+	Tables []Table
 	// Keep is how long delivered rows stay in the buffer.
 	Keep time.Duration
+	// Flow are the limits on the lag of Slot, which without a name are left as they are.
+	Flow Flow
 }
 
 // Apply brings the schema and the publication to what s and this program want, and returns a line for each thing that it
@@ -55,6 +60,10 @@ func Apply(ctx context.Context, db *pgx.Conn, s Setup) ([]string, error) {
 	}
 	var done []string
 	err = pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
+		// Names in the statements mean what they say, whatever the session's search_path is.
+		if _, err := tx.Exec(ctx, "SET LOCAL search_path = pg_catalog, pg_temp"); err != nil {
+			return fmt.Errorf("set the search_path: %w", err)
+		}
 		if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock($1)", migrationLock); err != nil {
 			return fmt.Errorf("lock the schema: %w", err)
 		}
@@ -86,7 +95,12 @@ func Apply(ctx context.Context, db *pgx.Conn, s Setup) ([]string, error) {
 		if changed {
 			done = append(done, "spread the buffer's buckets over twice "+s.Keep.String())
 		}
-		line, err := applyPublication(ctx, tx, s.Publication)
+		lines, err := applyTables(ctx, tx, s)
+		done = append(done, lines...)
+		if err != nil {
+			return err
+		}
+		line, err := applyFlow(ctx, tx, s, current == 0)
 		if line != "" {
 			done = append(done, line)
 		}
@@ -105,13 +119,33 @@ func Script(s Setup, serverVersion int) (string, error) {
 		return "", err
 	}
 	var b strings.Builder
-	b.WriteString("BEGIN;\n")
+	b.WriteString("BEGIN;\nSET LOCAL search_path = pg_catalog, pg_temp;\n")
 	for _, m := range all {
 		fmt.Fprintf(&b, "\n-- migration %s\n%s\n%s;\n", m.name, strings.TrimSpace(m.sql), insertVersion(m))
 	}
 	fmt.Fprintf(&b, "\n-- views\n%s\n", strings.TrimSpace(views))
-	fmt.Fprintf(&b, "\n%s;\n\n%s;\n\nCOMMIT;\n", bucketDefault(s.Keep), createPublication(s.Publication, serverVersion))
+	fmt.Fprintf(&b, "\n%s;\n\n%s\n", bucketDefault(s.Keep), scriptPublication(s, serverVersion))
+	if s.Slot != "" {
+		fmt.Fprintf(&b, "%s;\n\n", flowScript(s.Slot, s.Flow))
+	}
+	b.WriteString("COMMIT;\n")
 	return b.String(), nil
+}
+
+// scriptPublication is the statement that makes the publication. What it takes of tables of one's own, and which rights on them have to be
+// granted, follows from their primary keys.
+func scriptPublication(s Setup, serverVersion int) string {
+	var own []string
+	for _, t := range orManaged(s.Tables) {
+		if !t.Managed() {
+			own = append(own, t.ident())
+		}
+	}
+	if len(own) == 0 {
+		return createPublication(s.Publication, serverVersion, true, nil) + ";\n"
+	}
+	return fmt.Sprintf("-- Setup looks up %s, makes publication %s of what is needed of them, and grants ebb_bridge what it needs on them.\n",
+		strings.Join(own, ", "), quoteIdent(s.Publication))
 }
 
 // Check returns ErrNoSchema, with what to do, unless the schema is the one that this program knows.
@@ -136,7 +170,10 @@ func Check(ctx context.Context, db *pgx.Conn) error {
 
 // Drop removes the publication, the schema and, where nothing else needs them, the roles. All that is in the buffer is lost.
 func Drop(ctx context.Context, db *pgx.Conn, publication string) ([]string, error) {
-	var done []string
+	done, err := revokeOwn(ctx, db)
+	if err != nil {
+		return nil, fmt.Errorf("tear down: %w", withHint(err))
+	}
 	for _, st := range []struct{ exists, sql, line string }{
 		{"SELECT EXISTS (SELECT FROM pg_publication WHERE pubname = $1)", "DROP PUBLICATION " + quoteIdent(publication), "dropped publication " + publication},
 		{"SELECT $1 <> '' AND to_regnamespace('ebb') IS NOT NULL", "DROP SCHEMA ebb CASCADE", "dropped schema ebb"},
@@ -168,6 +205,34 @@ func Drop(ctx context.Context, db *pgx.Conn, publication string) ([]string, erro
 	return done, nil
 }
 
+// revokeOwn takes back the rights on tables of one's own, which would keep the role from being dropped.
+func revokeOwn(ctx context.Context, db *pgx.Conn) ([]string, error) {
+	var exists bool
+	if err := db.QueryRow(ctx, "SELECT to_regclass('ebb.own_table') IS NOT NULL AND to_regrole('ebb_bridge') IS NOT NULL").Scan(&exists); err != nil || !exists {
+		return nil, err
+	}
+	rows, err := db.Query(ctx, `SELECT DISTINCT format('%I.%I', o.schema, o.name), format('%I', o.schema) FROM ebb.own_table o
+		WHERE to_regclass(format('%I.%I', o.schema, o.name)) IS NOT NULL ORDER BY 1`)
+	if err != nil {
+		return nil, err
+	}
+	var table, schema string
+	var statements, done []string
+	if _, err := pgx.ForEachRow(rows, []any{&table, &schema}, func() error {
+		statements = append(statements, "REVOKE ALL ON "+table+" FROM ebb_bridge", "REVOKE USAGE ON SCHEMA "+schema+" FROM ebb_bridge")
+		done = append(done, "took back the rights on "+table)
+		return nil
+	}); err != nil {
+		return nil, err
+	}
+	for _, st := range statements {
+		if _, err := db.Exec(ctx, st); err != nil {
+			return nil, err
+		}
+	}
+	return done, nil
+}
+
 func load() ([]migration, error) {
 	names, err := fs.Glob(migrations, "migrations/*.sql")
 	if err != nil {
@@ -191,6 +256,10 @@ func load() ([]migration, error) {
 
 type querier interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+type execer interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 }
 
 func version(ctx context.Context, db querier) (int, error) {

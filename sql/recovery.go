@@ -60,12 +60,20 @@ func Recovered(ctx context.Context, db *pgx.Conn, r SlotRecord, id int64, n int,
 
 // RecoveryDone stores that all rows from before the slot are delivered, the last of them in or before a position. From here on it is the
 // slot alone that counts. The slot's snapshot makes a tick: whatever it sees has ended before the point from which the slot streams.
-func RecoveryDone(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, position event.Position, seq uint64) error {
+func RecoveryDone(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, position event.Position, seq uint64, own ...OwnTable) error {
+	schemas, tables := ownNames(own)
 	return update(ctx, db, r, "store that the recovery is done", `WITH slot AS (
-			UPDATE ebb.slot SET recovered_at = clock_timestamp(), diverged = false WHERE name = $1 AND term = $2 AND snapshot IS NOT NULL RETURNING *)
+			UPDATE ebb.slot SET recovered_at = clock_timestamp(), diverged = false, own_pending = false
+			WHERE name = $1 AND term = $2 AND snapshot IS NOT NULL RETURNING *), `+fmt.Sprintf(startTables, "$6", "$7", "true")+`
 		INSERT INTO ebb.tick (lsn, snapshot, position, stream_seq, epoch, events, slot, system_identifier, destination)
 		SELECT s.consistent_point, s.snapshot, $3, $4, s.epoch, coalesce(t.events, 0) + s.recovered_events, s.name, s.system_identifier, $5
-		FROM slot s LEFT JOIN ebb.tick t ON t.id = s.recovered_after`, position.String(), int64(seq), destination)
+		FROM slot s LEFT JOIN ebb.tick t ON t.id = s.recovered_after`, position.String(), int64(seq), destination, schemas, tables)
+}
+
+// OwnRecovered stores that n events of own tables were delivered from before the slot, the last one at sequence number seq.
+func OwnRecovered(ctx context.Context, db *pgx.Conn, r SlotRecord, n int, seq uint64) error {
+	return update(ctx, db, r, "store how far the recovery has come",
+		"UPDATE ebb.slot SET recovered_events = recovered_events + $3, recovered_seq = $4 WHERE name = $1 AND term = $2", n, int64(seq))
 }
 
 // Reach says whether the buffer still holds every row that was not delivered when a tick was stored, or, with 0, every row that there

@@ -34,6 +34,8 @@ type SlotRecord struct {
 	// Publication is the mark of the publication as it was when the slot was made; see [Publication].
 	Publication string
 
+	// ConsistentPoint is where it begins, when it was made; what was before that was delivered from the tables. A reset does not change it.
+	ConsistentPoint event.LSN
 	// Made is false while the slot is being made: what there is of that name is another one.
 	Made bool
 	// MadeTimes is how often it was made, the last time at CreatedAt because of MadeBecause.
@@ -57,6 +59,8 @@ type SlotRecord struct {
 	Diverged bool
 	// Reset says that the slot is to be dropped and copied from the trailing one, as the position is to go back.
 	Reset bool
+	// OwnPending says that rows of own tables from before the slot are to be delivered, in the snapshot with which it was made.
+	OwnPending bool
 	// Adopted names the source, other than this one, whose stream is gone on with, or "".
 	Adopted string
 }
@@ -130,13 +134,15 @@ func OtherSlots(ctx context.Context, db *pgx.Conn, name string) ([]string, error
 }
 
 // RecordSlot stores that a prepared slot was made. From here on, the rows that its snapshot sees and that the newest tick has
-// not recorded are to be delivered from the table.
-func RecordSlot(ctx context.Context, db *pgx.Conn, r SlotRecord, snapshot string, consistentPoint event.LSN) error {
-	return update(ctx, db, r, fmt.Sprintf("record slot %q", r.Name), `UPDATE ebb.slot s SET
+// not recorded are to be delivered from the table; and if r says so, rows of own tables. If not, these have started with the slot.
+func RecordSlot(ctx context.Context, db *pgx.Conn, r SlotRecord, snapshot string, consistentPoint event.LSN, own ...OwnTable) error {
+	schemas, tables := ownNames(own)
+	return update(ctx, db, r, fmt.Sprintf("record slot %q", r.Name), `WITH slot AS (UPDATE ebb.slot s SET
 			snapshot = $3::text::pg_snapshot, consistent_point = $4::text::pg_lsn, created_at = clock_timestamp(), made = made + 1,
-			recovered_id = NULL, recovered_seq = NULL, recovered_events = 0, destination = NULL,
+			recovered_id = NULL, recovered_seq = NULL, recovered_events = 0, destination = NULL, own_pending = $5,
 			recovered_after = (SELECT max(id) FROM ebb.tick WHERE slot = s.name AND system_identifier = s.system_identifier)
-		WHERE name = $1 AND term = $2`, snapshot, consistentPoint.String())
+		WHERE name = $1 AND term = $2 RETURNING *), `+fmt.Sprintf(startTables, "$6", "$7", "NOT slot.own_pending")+`
+		SELECT FROM slot`, snapshot, consistentPoint.String(), r.OwnPending, schemas, tables)
 }
 
 // TakeTerm begins the term of a bridge that has taken the lead, and returns the record of its slot, or ErrNoRecord.
@@ -154,16 +160,18 @@ func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error
 	var numbers []int32
 	var from []string
 	var replays []bool
+	var consistent string
 	err := db.QueryRow(ctx, `SELECT (SELECT id::text FROM ebb.identity), system_identifier, timeline, term, coalesce(publication, ''),
 			coalesce(recovered_after, 0), coalesce(recovered_id, 0), coalesce(recovered_seq, 0), recovered_events,
 			snapshot IS NOT NULL, recovered_at IS NOT NULL, made, coalesce(made_because, ''), created_at,
-			coalesce(destination, ''), diverged, coalesce(adopted, ''), reset,
+			coalesce(destination, ''), diverged, coalesce(adopted, ''), own_pending, reset, coalesce(consistent_point, '0/0')::text,
 			ARRAY(SELECT replay IS NOT NULL FROM ebb.epoch WHERE slot = s.name ORDER BY epoch),
 			ARRAY(SELECT epoch FROM ebb.epoch WHERE slot = s.name ORDER BY epoch),
 			ARRAY(SELECT from_lsn::text FROM ebb.epoch WHERE slot = s.name ORDER BY epoch)
 		FROM ebb.slot s WHERE name = $1`, name).
 		Scan(&r.Buffer, &r.SystemIdentifier, &r.Timeline, &r.Term, &r.Publication, &r.RecoveredAfter, &r.RecoveredID, &seq, &r.Recovered,
-			&r.Made, &r.Done, &r.MadeTimes, &r.MadeBecause, &r.CreatedAt, &r.Destination, &r.Diverged, &r.Adopted, &r.Reset, &replays, &numbers, &from)
+			&r.Made, &r.Done, &r.MadeTimes, &r.MadeBecause, &r.CreatedAt, &r.Destination, &r.Diverged, &r.Adopted, &r.OwnPending, &r.Reset,
+			&consistent, &replays, &numbers, &from)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return SlotRecord{}, fmt.Errorf("slot %q: %w", name, ErrNoRecord)
 	}
@@ -171,6 +179,9 @@ func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error
 		return SlotRecord{}, fmt.Errorf("read the record of slot %q: %w", name, withHint(err))
 	}
 	r.RecoveredSeq = uint64(seq)
+	if r.ConsistentPoint, err = event.ParseLSN(consistent); err != nil {
+		return SlotRecord{}, fmt.Errorf("read the record of slot %q: %w", name, err)
+	}
 	for i, n := range numbers {
 		lsn, err := event.ParseLSN(from[i])
 		if err != nil {

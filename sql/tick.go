@@ -47,16 +47,16 @@ func (t *Tick) Oldest() (uint64, error) {
 // BeginTick reads a snapshot and then the end of the log. Once everything before that end is delivered, so is every row whose
 // transaction the snapshot sees, if the publication, which is read by the same statement, is as it was when the slot was made. The
 // tick is worthless when the session that read it ends before it is stored: after a crash of the server, transaction ids that never
-// reached the disk are given out again.
-func BeginTick(ctx context.Context, db *pgx.Conn, publication string) (Tick, Publication, error) {
+// reached the disk are given out again. No tables stand for the managed one.
+func BeginTick(ctx context.Context, db *pgx.Conn, publication string, tables ...Table) (Tick, Publication, error) {
 	var t Tick
 	var lsn string
 	var block, segment int64
-	var p Publication
+	var data []byte
 	// A target list is evaluated from left to right.
 	err := db.QueryRow(ctx, `SELECT (SELECT last_value FROM ebb.buffer_id_seq), pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text,
-		current_setting('wal_block_size')::bigint, pg_size_bytes(current_setting('wal_segment_size')), `+publicationJSON, publication).
-		Scan(&t.LastID, &t.Snapshot, &lsn, &block, &segment, &p)
+		current_setting('wal_block_size')::bigint, pg_size_bytes(current_setting('wal_segment_size')), `+publicationJSON,
+		publicationArgs(publication, tables)...).Scan(&t.LastID, &t.Snapshot, &lsn, &block, &segment, &data)
 	if err != nil {
 		return Tick{}, Publication{}, fmt.Errorf("begin a tick: %w", err)
 	}
@@ -64,7 +64,10 @@ func BeginTick(ctx context.Context, db *pgx.Conn, publication string) (Tick, Pub
 		return Tick{}, Publication{}, fmt.Errorf("begin a tick: %w", err)
 	}
 	t.LSN = endOfRecord(t.LSN, uint64(block), uint64(segment))
-	p.name = publication
+	p, err := parsePublication(publication, tables, data)
+	if err != nil {
+		return Tick{}, Publication{}, err
+	}
 	return t, p, nil
 }
 

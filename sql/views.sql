@@ -63,7 +63,7 @@ SELECT s.name AS slot,
        pg_wal_lsn_diff(greatest(w.lsn, r.restart_lsn), r.restart_lsn)::bigint AS retained_wal_bytes,
        b.events AS backlog,
        clock_timestamp() - b.oldest AS oldest_age,
-       'open'::text AS flow,       -- there are no limits yet
+       ebb.flow_state(s.name) AS flow,
        EXISTS (SELECT FROM pg_locks l
                WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
                  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())

@@ -110,7 +110,7 @@ func newRoot(a *app) *cobra.Command {
 	flags.StringVar(&a.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&a.logFormat, "log-format", "text", "text or json")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	root.AddCommand(newSetup(a), newRun(a), newStatus(a), newReplay(a), newDemo(a), newTeardown(a), newVersion(a))
+	root.AddCommand(newSetup(a), newRun(a), newStatus(a), newDoctor(a), newReplay(a), newDemo(a), newTeardown(a), newVersion(a))
 	for _, cmd := range root.Commands() {
 		cmd.Args = noArgs
 	}

@@ -99,10 +99,12 @@ func bridgeConfig(cfg *config.Config, log *slog.Logger) bridge.Config {
 		Postgres:    cfg.Postgres,
 		Slot:        cfg.Slot,
 		Publication: cfg.Publication,
+		Buffers:     buffersOf(cfg),
 		Logger:      log,
 		TickEvery:   cfg.Recorded.Every,
 		TickKeep:    max(cfg.Recorded.Keep, cfg.Replay.Window, time.Minute),
 		Keep:        cfg.Recorded.Keep,
+		Flow:        flowOf(cfg),
 		Trail:       bridge.Trail{Window: cfg.Replay.Window, MaxWAL: int64(cfg.Replay.MaxWAL)},
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/spf13/cobra"
 
 	"ebb/bridge"
@@ -29,7 +30,10 @@ func newSetup(a *app) *cobra.Command {
 			"ebb_producer and ebb_bridge, the publication and the replication slot. It may be run at any time, again and again.\n\n" +
 			"The role that ebb run logs in as needs the attribute REPLICATION, which is not inherited by membership and also\n" +
 			"allows base backups (ALTER ROLE name REPLICATION; managed services have a role to grant instead), and\n" +
-			"GRANT ebb_bridge TO name.",
+			"GRANT ebb_bridge TO name.\n\n" +
+			"To have COMMITs wait for delivery (ebb.deliver_on_commit()), set synchronous_commit = local for every database of the\n" +
+			"server, and then synchronous_standby_names = 'FIRST 1 (\"SLOT\")'. While no bridge runs, such COMMITs hang until one does.\n" +
+			"ebb doctor checks that.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, log, err := a.load()
 			if err != nil {
@@ -52,7 +56,16 @@ func newSetup(a *app) *cobra.Command {
 }
 
 func setupOf(cfg *config.Config) sql.Setup {
-	return sql.Setup{Publication: cfg.Publication, Keep: cfg.Recorded.Keep}
+	return sql.Setup{Publication: cfg.Publication, Slot: cfg.Slot, Tables: bridge.Tables(buffersOf(cfg)), Keep: cfg.Recorded.Keep, Flow: flowOf(cfg)}
+}
+
+// flowOf returns the flow limits. A warning that nobody has asked for comes at the limit at the latest.
+func flowOf(cfg *config.Config) sql.Flow {
+	f := sql.Flow{Warn: int64(cfg.Flow.Warn), Limit: int64(cfg.Flow.Limit), OnFull: sql.OnFull(cfg.Flow.OnFull)}
+	if f.Limit > 0 {
+		f.Warn = min(f.Warn, f.Limit)
+	}
+	return f
 }
 
 func printSetup(w io.Writer, cfg *config.Config) error {
@@ -61,7 +74,9 @@ func printSetup(w io.Writer, cfg *config.Config) error {
 		return err
 	}
 	_, err = fmt.Fprintf(w, "%s\n-- The slot %q comes last. Setup makes it on a replication connection, together with a record of its snapshot,\n"+
-		"-- so that the rows which were in the buffer before it are delivered as well.\n", script, cfg.Slot)
+		"-- so that the rows which were in the buffer before it are delivered as well.\n\n"+
+		"-- To have COMMITs wait for delivery, by ebb.deliver_on_commit(), set this, in this order. While no bridge runs, they hang until one does.\n"+
+		"-- %s;\n-- %s;\n", script, cfg.Slot, setLocal, setStandbyNames(cfg.Slot))
 	return err
 }
 
@@ -109,6 +124,27 @@ func setup(ctx context.Context, w io.Writer, cfg *config.Config, log *slog.Logge
 	}
 	if len(done) == 0 {
 		fmt.Fprintln(w, "everything is set up already")
+	}
+	return sayOfSettings(ctx, db, cfg, log, made)
+}
+
+// sayOfSettings logs what is wrong with the server's settings for what is configured or used, and, at first, what could be used.
+func sayOfSettings(ctx context.Context, db *pgx.Conn, cfg *config.Config, log *slog.Logger, first bool) error {
+	flow, err := flowFinding(ctx, db, flowOf(cfg))
+	if err != nil {
+		return err
+	}
+	inline, err := inlineFinding(ctx, db, cfg)
+	if err != nil {
+		return err
+	}
+	for _, f := range []finding{flow, inline} {
+		switch {
+		case f.State == stateWarn || f.State == stateFail:
+			log.Warn(f.Text, "mend", f.Mend)
+		case f.State == stateOff && first:
+			log.Info(f.Text, "mend", f.Mend)
+		}
 	}
 	return nil
 }

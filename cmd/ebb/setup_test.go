@@ -194,7 +194,7 @@ func TestSecretsStaySecret(t *testing.T) {
 		}
 	}
 	for _, args := range [][]string{
-		{"setup"}, {"setup", "--postgres", dsn + secret}, {"setup", "--print"}, {"status"}, {"status", "--json"},
+		{"setup"}, {"setup", "--postgres", dsn + secret}, {"setup", "--print"}, {"status"}, {"status", "--json"}, {"doctor"},
 	} {
 		r := s.ebb(t, append(debug, args...)...)
 		if r.code != exitOK && r.code != exitCheck {

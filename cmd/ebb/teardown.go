@@ -91,6 +91,12 @@ func teardown(ctx context.Context, w io.Writer, cfg *config.Config, confirm func
 		return err
 	}
 
+	var inline sql.Inline
+	if sql.Check(ctx, db) == nil {
+		if inline, err = sql.StandbyNames(ctx, db, cfg.Slot); err != nil {
+			return err
+		}
+	}
 	for _, name := range []string{cfg.Slot, replication.TrailOf(cfg.Slot)} {
 		slot, err := replication.InspectSlot(ctx, db, name)
 		switch {
@@ -109,6 +115,9 @@ func teardown(ctx context.Context, w io.Writer, cfg *config.Config, confirm func
 	done, err := sql.Drop(ctx, db, cfg.Publication)
 	for _, line := range done {
 		fmt.Fprintln(w, line)
+	}
+	if inline.Concerns {
+		fmt.Fprintf(w, "synchronous_standby_names is still %q: reset it, or COMMITs that wait for a standby hang for ever\n", inline.Setting)
 	}
 	return err
 }

@@ -180,52 +180,6 @@ func checkAddress(key, text string, mayBeEmpty bool) *problem {
 	return nil
 }
 
-func (c *Config) checkBuffers() *problem {
-	if len(c.Buffers) == 0 {
-		return &problem{key: "buffers", shown: "[]", text: "names no table; write " + want("buffers")}
-	}
-	for i, b := range c.Buffers {
-		key := fmt.Sprintf("buffers[%d].", i)
-		if b.Table == "" {
-			return is(key+"table", b.Table, "not the name of a table")
-		}
-		if b.Topic.Column == "" && b.Topic.Value == "" {
-			return is(key+"topic", "", "not a topic")
-		}
-		if p := oneOf(key+"delivered", b.Delivered, DeliveredKeep, DeliveredMark, DeliveredDelete); p != nil {
-			return p
-		}
-		if p := oneOf(key+"start", b.Start, StartNow, StartAll); p != nil {
-			return p
-		}
-	}
-	// Until own tables work there is the managed one alone, mapped as it is.
-	got, only := c.Buffers[0], managedBuffer()
-	for _, f := range []struct{ name, got, only string }{
-		{"table", got.Table, only.Table},
-		{"id", got.ID, only.ID},
-		{"topic.value", got.Topic.Value, only.Topic.Value},
-		{"topic", got.Topic.Column, only.Topic.Column},
-		{"key", got.Key, only.Key},
-		{"payload", got.Payload, only.Payload},
-		{"headers", got.Headers, only.Headers},
-		{"delivered", got.Delivered, only.Delivered},
-		{"recorded", got.Recorded, only.Recorded},
-		{"start", got.Start, only.Start},
-	} {
-		if f.got != f.only {
-			if f.name == "topic.value" {
-				f.only = "topic: " + only.Topic.Column
-			}
-			return notYet("buffers[0]."+f.name, f.got, f.only)
-		}
-	}
-	if len(c.Buffers) > 1 {
-		return &problem{key: "buffers[1]", shown: "a second table", text: "is not available yet; keep " + ManagedTable + " alone"}
-	}
-	return nil
-}
-
 // listComma stands before every further URL of a list.
 var listComma = regexp.MustCompile(`,\s*[A-Za-z][A-Za-z0-9+.-]*://`)
 
@@ -431,17 +385,12 @@ func (c *Config) checkRest() *problem {
 	if c.Replay.MaxWAL <= 0 {
 		return is("replay.max_wal", c.Replay.MaxWAL, "not above zero")
 	}
-	if c.Flow.Warn != d.Flow.Warn {
-		return notYet("flow.warn", c.Flow.Warn, d.Flow.Warn.String())
-	}
-	if c.Flow.Limit != d.Flow.Limit {
-		return notYet("flow.limit", c.Flow.Limit, d.Flow.Limit.String())
+	if c.Flow.Limit > 0 && c.Flow.Warn > c.Flow.Limit && c.Flow.Warn != d.Flow.Warn {
+		return &problem{key: "flow.warn", shown: c.Flow.Warn.String(),
+			text: "is more than flow.limit, " + c.Flow.Limit.String() + "; write a smaller one, or leave the key out"}
 	}
 	if p := oneOf("flow.on_full", c.Flow.OnFull, OnFullReject, OnFullAllow); p != nil {
 		return p
-	}
-	if c.Flow.OnFull != OnFullReject {
-		return notYet("flow.on_full", c.Flow.OnFull, OnFullReject)
 	}
 	if c.Recorded.Every <= 0 {
 		return is("recorded.every", c.Recorded.Every, "not above zero")

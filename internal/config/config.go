@@ -33,12 +33,15 @@ type Config struct {
 
 // Buffer maps the columns of a buffer table to the parts of an event. An empty column name means that there is none.
 type Buffer struct {
+	// Table is a name as Postgres writes it; see Name.
 	Table   string
 	ID      string
 	Topic   Topic
 	Key     string
 	Payload string
-	Headers string
+	// ContentType is the media type of the payload; empty for the one that follows from the column's type.
+	ContentType string
+	Headers     string
 	// Delivered says what happens to a delivered row: DeliveredKeep, DeliveredMark or DeliveredDelete.
 	Delivered string
 	// Recorded is the column that DeliveredMark sets.

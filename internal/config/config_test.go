@@ -59,13 +59,34 @@ func TestSampleIsComplete(t *testing.T) {
 		t.Fatal(err)
 	}
 	walk("", d.entries(&c), func(key string) {
-		if _, ok := d.origins[strings.ReplaceAll(key, "[]", "[0]")]; !ok {
+		// The managed table, which the sample shows, cannot have it.
+		if _, ok := d.origins[strings.ReplaceAll(key, "[]", "[0]")]; !ok && key != "buffers[].content_type" {
 			t.Errorf("the sample does not have %s", key)
 		}
 		if want(key) == "" {
 			t.Errorf("no mend is known for %s", key)
 		}
 	})
+}
+
+func TestTableNames(t *testing.T) {
+	for text, want := range map[string][2]string{
+		"outbox":           {"public", "outbox"},
+		"App.OutBox":       {"app", "outbox"},
+		`"App"."Out""Box"`: {"App", `Out"Box`},
+		`app."out.box"`:    {"app", "out.box"},
+		"größe_1$":         {"public", "größe_1$"},
+	} {
+		b := Buffer{Table: text}
+		if schema, table := b.Name(); schema != want[0] || table != want[1] {
+			t.Errorf("%s is read as %q.%q", text, schema, table)
+		}
+	}
+	for _, text := range []string{"", ".", "a.", ".a", "a b", "1a", `"`, `"a`, `""`, `"a"b`, "a.b.c", "a;b", "-", strings.Repeat("a", 64)} {
+		if _, _, ok := parseTable(text); ok {
+			t.Errorf("%q is read as a table", text)
+		}
+	}
 }
 
 // Every configuration shown in the documentation loads.
@@ -265,6 +286,24 @@ recorded:
 	want.Recorded = Recorded{Every: 500 * time.Millisecond, Keep: 90 * time.Minute}
 	if diff := cmp.Diff(&want, c); diff != "" {
 		t.Error(diff)
+	}
+}
+
+func TestFlow(t *testing.T) {
+	for _, tt := range []struct {
+		file string
+		want Flow
+	}{
+		{"{}", Flow{Warn: GB, OnFull: OnFullReject}},
+		{"{limit: 64KB}", Flow{Warn: GB, Limit: 64 * KB, OnFull: OnFullReject}}, // the default does not stand in the way
+		{"{limit: 4GB, warn: 4GB, on_full: allow}", Flow{Warn: 4 * GB, Limit: 4 * GB, OnFull: OnFullAllow}},
+		{"{warn: 8GB}", Flow{Warn: 8 * GB, OnFull: OnFullReject}},
+		{"{warn: 0, limit: 1}", Flow{Limit: 1, OnFull: OnFullReject}},
+	} {
+		c, err := load(Sources{Getenv: env()}, []byte("flow: "+tt.file+"\n"))
+		if err != nil || c.Flow != tt.want {
+			t.Errorf("%s is %+v, %v, want %+v", tt.file, c, err, tt.want)
+		}
 	}
 }
 

@@ -110,6 +110,7 @@ func (d *decoder) bufferEntries(b *Buffer) []entry {
 		{name: "topic", read: d.topic(&b.Topic)},
 		{name: "key", read: d.text(&b.Key)},
 		{name: "payload", read: d.text(&b.Payload)},
+		{name: "content_type", read: d.text(&b.ContentType)},
 		{name: "headers", read: d.text(&b.Headers)},
 		{name: "delivered", read: d.text(&b.Delivered)},
 		{name: "recorded", read: d.text(&b.Recorded)},

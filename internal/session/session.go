@@ -4,6 +4,7 @@ package session
 import (
 	"maps"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -23,10 +24,24 @@ var settings = map[string]string{
 	"tcp_keepalives_interval": "2",
 	"tcp_keepalives_count":    "3",
 	"tcp_user_timeout":        "10000",
+
+	// The text of values depends on these, and what is read from the table must be what comes by the slot. lc_monetary stays as it is: which
+	// currency money is in, the database knows.
+	"datestyle":             "ISO, YMD",
+	"intervalstyle":         "postgres",
+	"timezone":              "UTC",
+	"extra_float_digits":    "1",
+	"bytea_output":          "hex",
+	"quote_all_identifiers": "off",
 }
 
 // Configure sets what a session is to have. The name is how it calls itself (application_name).
 func Configure(cfg *pgconn.Config, name string) {
+	// The server takes names in any case, and which one of two counts is left to chance.
+	maps.DeleteFunc(cfg.RuntimeParams, func(name, _ string) bool {
+		_, ours := settings[strings.ToLower(name)]
+		return ours
+	})
 	maps.Copy(cfg.RuntimeParams, settings)
 	cfg.RuntimeParams["application_name"] = name
 	if cfg.ConnectTimeout == 0 {
