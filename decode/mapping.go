@@ -167,7 +167,7 @@ func (b *Buffer) nullColumn(row *Row, column string) error {
 // rowError names the row, by its id as well if it has one.
 func (b *Buffer) rowError(row *Row, format string, args ...any) error {
 	at := "at " + row.Position.String()
-	if row.ID != nil {
+	if row.ID != nil && "at "+string(row.ID) != at {
 		at = fmt.Sprintf("with id %q %s", row.ID, at)
 	}
 	return fmt.Errorf("%w: %s: row %s: %s", ErrRow, b.name(), at, fmt.Sprintf(format, args...))

@@ -382,6 +382,9 @@ func (c *Config) checkRest() *problem {
 	if c.Replay.Window < 0 {
 		return is("replay.window", c.Replay.Window, "below zero")
 	}
+	if c.Replay.Window > 0 && c.Replay.Window < time.Second {
+		return is("replay.window", c.Replay.Window, "too short")
+	}
 	if c.Replay.MaxWAL <= 0 {
 		return is("replay.max_wal", c.Replay.MaxWAL, "not above zero")
 	}

@@ -138,8 +138,8 @@ var wrong = []struct{ file, want string }{
 	{"http:\n  batch: 10\n", "ebb.yaml:2: http.batch: 10 is not available yet; write 100, or leave the key out"},
 	{"http:\n  window: 1\n", "ebb.yaml:2: http.window: 1 is not available yet; write 10000, or leave the key out"},
 	{"http:\n  on_reject: block\n", `ebb.yaml:2: http.on_reject: "block" is not available yet; write park, or leave the key out`},
-	{"replay:\n  window: 2h\n", "ebb.yaml:2: replay.window: 2h0m0s is not available yet; write 1h or 0, or leave the key out"},
-	{"replay:\n  max_wal: 1GB\n", "ebb.yaml:2: replay.max_wal: 1GB is not available yet; write 4GB, or leave the key out"},
+	{"replay:\n  window: 10ms\n", "ebb.yaml:2: replay.window: 10ms is too short; write a duration such as 90m or 1h, or 0 for none"},
+	{"replay:\n  max_wal: 0\n", "ebb.yaml:2: replay.max_wal: 0 is not above zero; write a size such as 512MB or 4GB"},
 
 	// Lines survive what stands before them.
 	{"\ufeff# one\r\nslot: >-\r\n  e\r\n\r\nsource: |\r\n  x\r\n", "ebb.yaml:5: source: \"x\\n\" is not a URI reference; write " + wants["source"]},
