@@ -3,18 +3,25 @@ package bridge
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"strconv"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"ebb/event"
+	"ebb/internal/sleep"
 	"ebb/sink"
+	"ebb/sql"
 )
 
 // Aside is a replay beside the main flow, which it leaves alone: to another sink, of some of the events, at a bounded rate.
 type Aside struct {
 	From, To Place
+	// FromTable has rows that are still in the managed buffer delivered, by id, and not what the trailing slot holds, which reaches less far back
+	// where rows are kept for longer. From is then a time, for that of the row, or an id.
+	FromTable bool
 	// Topics and Keys are those of the events that are delivered; none stands for all.
 	Topics, Keys []string
 	// Rate is in events a second; 0: unbounded.
@@ -26,16 +33,12 @@ type Aside struct {
 // RunAside delivers what was delivered between two places once more, to cfg.Sink. It does not begin again where it has ended: what was
 // delivered when it fails is delivered again the next time, with the same ids.
 func RunAside(ctx context.Context, cfg Config, a Aside) (err error) {
-	db, record, start, err := cfg.startOf(ctx, a.From)
+	feed, db, record, stop, err := a.open(ctx, &cfg)
 	if err != nil {
 		return err
 	}
 	defer closeQuietly(db)
-	t, err := openTap(ctx, &cfg, db, record, start)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, t.close()) }()
+	defer func() { err = errors.Join(err, stop()) }()
 	source := sink.Source{SystemIdentifier: record.SystemIdentifier, Database: db.Config().Database, Slot: record.Name + " aside", Buffer: record.Buffer}
 	if _, err := cfg.Sink.Resume(ctx, sink.Known{Source: source}); err != nil {
 		return err
@@ -55,13 +58,81 @@ func RunAside(ctx context.Context, cfg Config, a Aside) (err error) {
 	})
 	g.Go(func() error {
 		defer close(in)
-		return a.feed(running, t, in)
+		return feed(running, in)
 	})
 	err = g.Wait()
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	return err
+}
+
+// open connects, and returns what hands on the events that are to be delivered.
+func (a *Aside) open(ctx context.Context, cfg *Config) (feed func(context.Context, chan<- *event.Batch) error, db *pgxConn, record sql.SlotRecord,
+	stop func() error, err error) {
+	if !a.FromTable {
+		db, record, start, err := cfg.startOf(ctx, a.From)
+		if err != nil {
+			return nil, nil, record, nil, err
+		}
+		t, err := openTap(ctx, cfg, db, record, start)
+		if err != nil {
+			closeQuietly(db)
+			return nil, nil, record, nil, err
+		}
+		return func(ctx context.Context, in chan<- *event.Batch) error { return a.feed(ctx, t, in) }, db, record, t.close, nil
+	}
+	if db, record, err = cfg.connectRecorded(ctx); err != nil {
+		return nil, nil, record, nil, err
+	}
+	return func(ctx context.Context, in chan<- *event.Batch) error { return a.feedRows(ctx, db, in) }, db, record, func() error { return nil }, nil
+}
+
+// rowsPage is how many rows are read at once.
+const rowsPage = 500
+
+// feedRows hands on the rows of the managed buffer.
+func (a *Aside) feedRows(ctx context.Context, db *pgxConn, in chan<- *event.Batch) error {
+	after, page := int64(0), rowsPage
+	if a.From.ID != "" {
+		id, err := strconv.ParseInt(a.From.ID, 10, 64)
+		if err != nil {
+			return fmt.Errorf("event %s is no row of ebb.buffer, whose ids are numbers", quoteShort(a.From.ID))
+		}
+		after = id - 1
+	}
+	if a.Rate > 0 {
+		page = max(1, min(page, int(a.Rate/10)))
+	}
+	began, sent := time.Now(), 0
+	for {
+		rows, err := sql.RowsSince(ctx, db, after, a.From.Time, page)
+		if err != nil || len(rows) == 0 {
+			return ignoreEnd(ctx, err)
+		}
+		after = rows[len(rows)-1].ID
+		rows = slices.DeleteFunc(rows, func(r sql.Row) bool {
+			return !oneOf(a.Topics, r.Topic) || !oneOf(a.Keys, r.Key) || !a.To.Time.IsZero() && !r.CreatedAt.Before(a.To.Time)
+		})
+		if len(rows) == 0 {
+			continue
+		}
+		batch, err := recoveredBatch(event.Position{}, rows, newHoldings(false, false))
+		if err != nil {
+			return err
+		}
+		if a.Rate > 0 {
+			if err := sleep.For(ctx, time.Until(began.Add(time.Duration(float64(sent)/a.Rate*float64(time.Second))))); err != nil {
+				return nil
+			}
+		}
+		sent += len(rows)
+		select {
+		case in <- batch:
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 // feed hands on the events that are to be delivered.

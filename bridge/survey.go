@@ -164,9 +164,27 @@ func TakeSurvey(ctx context.Context, cfg Config, from, to Place) (_ Survey, err 
 	return s, err
 }
 
+// connectRecorded connects to a database that is set up, and reads the record of the slot.
+func (c *Config) connectRecorded(ctx context.Context) (_ *pgxConn, _ sql.SlotRecord, err error) {
+	db, err := sql.Connect(ctx, c.Postgres, c.Slot)
+	if err != nil {
+		return nil, sql.SlotRecord{}, err
+	}
+	defer func() {
+		if err != nil {
+			closeQuietly(db)
+		}
+	}()
+	if err := sql.Check(ctx, db); err != nil {
+		return nil, sql.SlotRecord{}, err
+	}
+	record, err := sql.ReadSlot(ctx, db, c.Slot)
+	return db, record, err
+}
+
 // startOf connects, and returns the LSN from which on the log has to be read for a place.
 func (c *Config) startOf(ctx context.Context, from Place) (_ *pgxConn, _ sql.SlotRecord, _ event.LSN, err error) {
-	db, err := sql.Connect(ctx, c.Postgres, c.Slot)
+	db, record, err := c.connectRecorded(ctx)
 	if err != nil {
 		return nil, sql.SlotRecord{}, 0, err
 	}
@@ -175,19 +193,16 @@ func (c *Config) startOf(ctx context.Context, from Place) (_ *pgxConn, _ sql.Slo
 			closeQuietly(db)
 		}
 	}()
-	if err := sql.Check(ctx, db); err != nil {
-		return nil, sql.SlotRecord{}, 0, err
-	}
-	record, err := sql.ReadSlot(ctx, db, c.Slot)
-	if err != nil {
-		return nil, sql.SlotRecord{}, 0, err
-	}
 	reach, err := ReadReach(ctx, db, record)
 	if err != nil {
 		return nil, sql.SlotRecord{}, 0, err
 	}
 	if from.LSN != 0 && from.LSN < reach.LSN || !from.Time.IsZero() && from.Time.Before(reach.Time) {
-		return nil, sql.SlotRecord{}, 0, fmt.Errorf("%s is %w: %s", from.Text, ErrOutOfReach, reach)
+		hint := ""
+		if at, ok, oldestErr := sql.OldestRow(ctx, db); oldestErr == nil && ok && !at.After(reach.Time) {
+			hint = fmt.Sprintf("; the buffer still has rows since %s: ebb replay --aside --from-table", at.UTC().Format(time.RFC3339))
+		}
+		return nil, sql.SlotRecord{}, 0, fmt.Errorf("%s is %w: %s%s", from.Text, ErrOutOfReach, reach, hint)
 	}
 	start := max(reach.LSN, from.LSN)
 	if !from.Time.IsZero() {

@@ -33,15 +33,42 @@ func RowsToRecover(ctx context.Context, db *pgx.Conn, slot string, after int64, 
 	if err != nil {
 		return nil, fmt.Errorf("read rows to recover: %w", withHint(err))
 	}
+	return collectRows(rows, "read rows to recover")
+}
+
+func collectRows(rows pgx.Rows, step string) ([]Row, error) {
 	out, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (Row, error) {
 		var r Row
 		err := row.Scan(&r.ID, &r.Topic, &r.Key, &r.Payload, &r.Headers, &r.CreatedAt)
 		return r, err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("read rows to recover: %w", withHint(err))
+		return nil, fmt.Errorf("%s: %w", step, withHint(err))
 	}
 	return out, nil
+}
+
+// RowsSince returns, by id, the next rows behind id after that were made at or after a time: at most limit of them.
+func RowsSince(ctx context.Context, db *pgx.Conn, after int64, since time.Time, limit int) ([]Row, error) {
+	const step = "read rows of the buffer"
+	rows, err := db.Query(ctx, `SELECT id, topic, key, payload::text, headers::text, created_at FROM ebb.buffer
+		WHERE id > $1 AND created_at >= $2 ORDER BY id LIMIT $3`, after, since, limit)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", step, withHint(err))
+	}
+	return collectRows(rows, step)
+}
+
+// OldestRow returns when the oldest row of the buffer was made, or false when it is empty.
+func OldestRow(ctx context.Context, db *pgx.Conn) (time.Time, bool, error) {
+	var at *time.Time
+	if err := db.QueryRow(ctx, "SELECT min(created_at) FROM (SELECT created_at FROM ebb.buffer ORDER BY id LIMIT 1000) b").Scan(&at); err != nil {
+		return time.Time{}, false, fmt.Errorf("look for the oldest row of the buffer: %w", withHint(err))
+	}
+	if at == nil {
+		return time.Time{}, false, nil
+	}
+	return *at, true, nil
 }
 
 // BeginRecovery stores where the rows from before the slot are being delivered, and the last sequence number there.

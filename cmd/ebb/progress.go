@@ -17,7 +17,7 @@ type progress struct {
 	began, said time.Time
 }
 
-// newProgress shows progress towards a total, which is -1 if it is not known.
+// newProgress shows progress towards a total, which may be unknownTotal.
 func newProgress(out io.Writer, total int64, terminal bool) *progress {
 	if !terminal {
 		return &progress{lines: out, total: total, began: time.Now(), said: time.Now()}

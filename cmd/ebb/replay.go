@@ -28,6 +28,7 @@ type replayFlags struct {
 	json           bool
 
 	aside          bool
+	fromTable      bool
 	subjectPrefix  string
 	stream         string
 	topics, keys   []string
@@ -66,6 +67,7 @@ func newReplay(a *app) *cobra.Command {
 	f.BoolVar(&flags.cancel, "cancel", false, "end the replay that is running, or that waits for a bridge")
 	f.BoolVar(&flags.json, "json", false, "print JSON, a record a line")
 	f.BoolVar(&flags.aside, "aside", false, "deliver beside the main flow, to another place")
+	f.BoolVar(&flags.fromTable, "from-table", false, "deliver from the rows that are still in the buffer, by id; of an aside")
 	f.StringVar(&flags.subjectPrefix, "subject-prefix", "", "the first token or tokens of the subjects of an aside to NATS")
 	f.StringVar(&flags.stream, "stream", "", "the stream of an aside to NATS, made if it is missing (default the configured one's name and _REPLAY)")
 	f.StringSliceVar(&flags.topics, "topic", nil, "deliver the events of this topic alone; of an aside; may be repeated")
@@ -84,21 +86,29 @@ func (f *replayFlags) check() error {
 		return nil
 	case f.from == "":
 		return errors.New("--from: want the place from which on events are to be delivered again")
-	case !f.aside && (f.to != "" || f.subjectPrefix != "" || f.stream != "" || len(f.topics) > 0 || len(f.keys) > 0 || f.rate != 0):
-		return errors.New("--to, --subject-prefix, --stream, --topic, --key and --rate are of a replay --aside: the slot's own stream is delivered " +
+	case !f.aside && (f.fromTable || f.to != "" || f.subjectPrefix != "" || f.stream != "" || len(f.topics) > 0 || len(f.keys) > 0 || f.rate != 0):
+		return errors.New("--from-table, --to, --subject-prefix, --stream, --topic, --key and --rate are of a replay --aside: the slot's own stream is delivered " +
 			"again as a whole and to its end")
 	case f.rate < 0 || math.IsNaN(f.rate) || math.IsInf(f.rate, 0):
 		return fmt.Errorf("--rate %v: want a number of events a second above 0", f.rate)
 	case f.aside && f.subjectPrefix == "" && !f.sinkIsExplicit:
 		return errors.New("--aside: say where to, by --sink or by --subject-prefix")
 	}
-	if _, err := bridge.ParsePlace(f.from, now); err != nil {
+	from, err := bridge.ParsePlace(f.from, now)
+	if err != nil {
 		return fmt.Errorf("--from: %w", err)
 	}
+	var to bridge.Place
 	if f.to != "" {
-		if _, err := bridge.ParsePlace(f.to, now); err != nil {
+		if to, err = bridge.ParsePlace(f.to, now); err != nil {
 			return fmt.Errorf("--to: %w", err)
 		}
+	}
+	switch {
+	case f.fromTable && f.dryRun:
+		return errors.New("--from-table goes without --dry-run: ask the buffer, SELECT count(*) FROM ebb.events WHERE …")
+	case f.fromTable && (from.LSN != 0 || from.Oldest || to.LSN != 0 || to.ID != ""):
+		return errors.New("--from-table: want a time or a duration, or the id of an event as --from: rows do not say at which LSN they were committed")
 	}
 	return nil
 }
@@ -126,6 +136,9 @@ func (r *replay) run(ctx context.Context) error {
 			return err
 		}
 	}
+	if r.flags.fromTable {
+		return r.aside(ctx, from, to, unknownTotal)
+	}
 	survey, err := bridge.TakeSurvey(ctx, bridgeConfig(r.cfg, r.log), from, to)
 	if err != nil {
 		return err
@@ -135,7 +148,10 @@ func (r *replay) run(ctx context.Context) error {
 	}
 	from = bridge.Place{Text: r.flags.from, LSN: survey.From}
 	if r.flags.aside {
-		return r.aside(ctx, from, to, survey)
+		if len(r.flags.topics)+len(r.flags.keys) > 0 {
+			survey.Events = unknownTotal // only some of them
+		}
+		return r.aside(ctx, from, to, survey.Events)
 	}
 	return r.inPlace(ctx, from, survey)
 }
@@ -255,7 +271,7 @@ func (r *replay) cancel(ctx context.Context) error {
 }
 
 // aside delivers to another place.
-func (r *replay) aside(ctx context.Context, from, to bridge.Place, survey bridge.Survey) (err error) {
+func (r *replay) aside(ctx context.Context, from, to bridge.Place, total int64) (err error) {
 	cfg, err := r.asideConfig()
 	if err != nil {
 		return err
@@ -268,17 +284,13 @@ func (r *replay) aside(ctx context.Context, from, to bridge.Place, survey bridge
 	defer func() { err = errors.Join(err, destination.Close()) }()
 	bc := bridgeConfig(r.cfg, r.log)
 	bc.Sink = destination
-	total := survey.Events
-	if len(r.flags.topics)+len(r.flags.keys) > 0 {
-		total = -1 // only some of them
-	}
 	bar := r.bar(total)
 	if cfg.Sink == "stdout" {
 		bar = &progress{} // among the events
 	}
 	defer bar.end()
 	n := int64(0)
-	err = bridge.RunAside(ctx, bc, bridge.Aside{From: from, To: to, Topics: r.flags.topics, Keys: r.flags.keys, Rate: r.flags.rate,
+	err = bridge.RunAside(ctx, bc, bridge.Aside{From: from, To: to, FromTable: r.flags.fromTable, Topics: r.flags.topics, Keys: r.flags.keys, Rate: r.flags.rate,
 		Delivered: func(events int) {
 			n += int64(events)
 			bar.at(n)
@@ -331,7 +343,10 @@ const (
 	linesEvery    = 5 * time.Second
 )
 
-// bar shows progress towards a total, which is -1 if it is not known.
+// unknownTotal is the total of an aside that nobody has counted.
+const unknownTotal = -1
+
+// bar shows progress towards a total.
 func (r *replay) bar(total int64) *progress {
 	if r.flags.json {
 		return &progress{}

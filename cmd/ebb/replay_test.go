@@ -218,6 +218,7 @@ func TestReplayRefuses(t *testing.T) {
 		{[]string{"--from", "2999-01-01T00:00:00Z"}, 2, []string{"in the future"}},
 		{[]string{"--from", "1h", "--topic", "t"}, 2, []string{"--aside"}},
 		{[]string{"--from", "1h", "--aside"}, 2, []string{"--sink", "--subject-prefix"}},
+		{[]string{"--from", "0/1", "--aside", "--from-table", "--sink", "stdout"}, 2, []string{"--from-table", "LSN"}},
 		{[]string{"--cancel", "--from", "1h"}, 2, []string{"--cancel"}},
 		{[]string{"--from", "0/1"}, 1, []string{"out of reach", "the oldest position in reach is"}},
 		{[]string{"--from", "no-such-event"}, 1, []string{"out of reach", "no-such-event"}},
@@ -279,6 +280,16 @@ func TestReplayAside(t *testing.T) {
 		printed = append(printed, e.ID)
 	}
 	equalIDs(t, "stdout", printed, all[10:20])
+	printed = nil
+	out = s.ebb(t, "replay", "--aside", "--from", all[30], "--from-table", "--topic", "t0", "--sink", "stdout").must(t)
+	for line := range strings.Lines(out.stdout) {
+		var e struct{ ID, Ebborigin string }
+		if err := json.Unmarshal([]byte(line), &e); err != nil || e.Ebborigin != "recovered" {
+			t.Fatalf("%q: %v", line, err)
+		}
+		printed = append(printed, e.ID)
+	}
+	equalIDs(t, "from the table", printed, []string{all[30], all[32], all[34], all[36], all[38]})
 	s.ebb(t, "replay", "--aside", "--from", "trail", "--subject-prefix", "again").must(t)
 	var again []string
 	for _, m := range broker.Messages(t, "EBB_REPLAY") {
