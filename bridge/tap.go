@@ -25,7 +25,17 @@ type tap struct {
 
 // openTap opens a tap that begins with the transactions that commit at or behind an LSN. The trailing slot must not be ahead of that.
 func openTap(ctx context.Context, cfg *Config, db *pgxConn, record sql.SlotRecord, from event.LSN) (_ *tap, err error) {
-	t := &tap{most: maxBatchEvents, decoder: decode.New(decode.Config{Epochs: record.Epochs})}
+	t := &tap{most: maxBatchEvents}
+	dc := decode.Config{Epochs: record.Epochs}
+	for i := range cfg.Buffers {
+		dc.Buffers = append(dc.Buffers, cfg.Buffers[i].Buffer)
+	}
+	if dc.Token, err = sql.MessageToken(ctx, db); err != nil {
+		return nil, err
+	}
+	// Nothing else is asked in this session while the tap is read.
+	dc.LookUp = func(oids []uint32) (decode.Types, event.LSN, error) { return cfg.typesNow(ctx, db, oids) }
+	t.decoder = decode.New(dc)
 	if t.until, err = replication.FlushedTo(ctx, db); err != nil {
 		return nil, err
 	}

@@ -311,3 +311,34 @@ func TestReplayAside(t *testing.T) {
 		t.Errorf("%d slots are left over", n)
 	}
 }
+
+// Rows of tables of one's own, and messages without a table, are replayed as well, with the ids that they had.
+func TestReplayOfOwnTablesAndMessages(t *testing.T) {
+	db, broker := pgtest.New(t), natstest.New(t)
+	db.Exec(t, "CREATE TYPE mood AS ENUM ('glad', 'sad')", `CREATE TABLE outbox (app text, "group" text, kind mood, recorded timestamptz, n int PRIMARY KEY)`)
+	s := newSite(t, db, broker.URL(), `buffers: [{table: outbox, topic: {value: changed}, key: group, delivered: mark}, {table: ebb.buffer}]`)
+	s.setup(t)
+	s.streaming(t)
+	for i := range 5 {
+		db.Exec(t, fmt.Sprintf(`BEGIN; INSERT INTO outbox VALUES ('a', 'g', 'glad', NULL, %d); SELECT ebb.emit('m', '{"n": %[1]d}'); SELECT ebb.put('p', '{}'); COMMIT`, i))
+	}
+	delivered(t, broker, time.Minute, 15)
+	s.confirms(t, 20*time.Second)
+	first := epochs(t, broker)[1]
+	out := s.ebb(t, "replay", "--aside", "--from", first[3], "--sink", "stdout").must(t)
+	var printed []string
+	for line := range strings.Lines(out.stdout) {
+		var e struct{ ID string }
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		printed = append(printed, e.ID)
+	}
+	equalIDs(t, "aside", printed, first[3:])
+	s.ebb(t, "replay", "--from", first[4]).must(t)
+	delivered(t, broker, time.Minute, 15+12)
+	equalIDs(t, "in place", epochs(t, broker)[2], first[3:])
+	pgtest.Eventually(t, time.Minute, func() (bool, string) {
+		return pgtest.Value[int64](t, db, "SELECT count(*) FROM outbox WHERE recorded IS NULL") == 0, "rows are not marked"
+	})
+}
