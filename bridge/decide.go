@@ -340,8 +340,8 @@ func whatIsForgotten(f *facts) (step, bool) {
 	s := step{action: actRewind, why: what, tick: f.held.ID}
 	s.slotHolds = f.record.Done && f.usable() && f.holds && f.slot.ConfirmedFlush <= f.held.LSN
 	// Of a stream that is new, what the trailing slot has is as much as there is.
-	s.reset = !s.slotHolds && f.trails() && (f.holds && f.trail.ConfirmedFlush <= f.held.LSN || f.tail.Last == 0 && (!f.reach || f.rowless))
-	if s.reset && !f.holds {
+	s.reset = !s.slotHolds && f.trails() && (f.trailReaches() || f.tail.Last == 0 && (!f.reach || f.rowless))
+	if s.reset && !f.trailReaches() {
 		s.why += fmt.Sprintf("; the trailing slot begins at %s, and what was delivered before that is not delivered again", f.trail.ConfirmedFlush)
 	}
 	if !s.slotHolds && !s.reset && f.rowless && !f.acceptGap {
@@ -381,6 +381,12 @@ const publicationChanged = "its publication was changed, so that it may have pas
 func (f *facts) trails() bool {
 	return f.follows && f.record.Made && f.record.Done && !f.trail.Lost() && f.trail.Plugin == replication.Plugin &&
 		f.trail.ConfirmedFlush >= f.record.ConsistentPoint && sql.SamePublication(f.record.Publication, f.publication)
+}
+
+// trailReaches reports whether the destination still holds everything that stands before the trailing slot.
+func (f *facts) trailReaches() bool {
+	return f.holds && f.trail.ConfirmedFlush <= f.held.LSN ||
+		f.record.TrailDestination == f.destination && f.tail.Holds >= f.record.TrailSeq && f.record.TrailSeq > 0
 }
 
 // whatIsReset has a slot copied from the trailing one, if that has been begun.
@@ -438,7 +444,8 @@ func whichSlot(f *facts) (step, bool) {
 		return step{}, false
 	}
 	late := f.doubt == miscounted && f.acceptGap // and so not in the places that they have in the slot
-	if !late && f.trails() && f.trail.ConfirmedFlush <= f.newest.LSN {
+	// The slot itself had confirmed everything before the trailing one, which was delivered so.
+	if !late && f.trails() {
 		return step{action: actReset, why: why}, true
 	}
 	if !f.reach && f.record.Done && !f.acceptGap {

@@ -282,6 +282,9 @@ func TestTrailFollows(t *testing.T) {
 	if took := time.Since(at); took < cfg.Trail.Window-time.Second {
 		t.Errorf("the trailing slot came near after %s", took)
 	}
+	if n := pgtest.Value[int64](t, f.db, "SELECT trail_seq FROM ebb.slot"); n != 5 {
+		t.Errorf("%d messages stand before the trailing slot, want 5", n)
+	}
 
 	// What others write is followed as well.
 	f.db.Exec(t, "CREATE TABLE other AS SELECT repeat('x', 100) FROM generate_series(1, 1000)")
@@ -352,4 +355,63 @@ func TestRefilledFromTheTrail(t *testing.T) {
 	f.settle()
 	r.stop()
 	sameOrder(t, got, all)
+}
+
+// A broker that comes back with an earlier state, or with none, while the rows are gone from the buffer, is filled in from the trailing slot, as far
+// as that reaches, whether the bridge runs meanwhile or not.
+func TestForgetfulBrokerIsRefilledFromTheTrail(t *testing.T) {
+	t.Parallel()
+	for _, running := range []bool{false, true} {
+		for _, deleted := range []bool{false, true} {
+			t.Run(fmt.Sprintf("deleted %v, running %v", deleted, running), func(t *testing.T) {
+				f := newFixture(t, pgtest.New(t))
+				server := natstest.New(t)
+				cfg := func() bridge.Config { return f.trailing(f.config(f.stream(server))) }
+				r := f.runWith(cfg())
+				f.put(200)
+				f.streamed(server, 200)
+				f.settle()
+				r.stop()
+				db := f.db.Connect(t)
+				// What came before is out of the window.
+				if _, err := replication.AdvanceSlot(t.Context(), db, replication.TrailOf(f.slot), f.inspect(db).ConfirmedFlush); err != nil {
+					t.Fatal(err)
+				}
+				f.db.Exec(t, "UPDATE ebb.slot SET trail_seq = 200, trail_destination = ''")
+				restore := backup(t, server)
+				r = f.runWith(cfg())
+				for range 10 {
+					f.put(20)
+				}
+				f.streamed(server, 400)
+				f.settle()
+				f.db.Exec(t, "TRUNCATE ebb.buffer")
+				if !running {
+					r.stop()
+				}
+				want := make([]int64, 0, 420)
+				if deleted {
+					if err := server.JetStream(t).DeleteStream(t.Context(), "EBB"); err != nil {
+						t.Fatal(err)
+					}
+				} else {
+					restore()
+					for id := range int64(200) {
+						want = append(want, id+1)
+					}
+				}
+				if !running {
+					r = f.runWith(cfg())
+				}
+				f.put(20) // of which a bridge that runs finds out
+				for id := int64(200); id < 420; id++ {
+					want = append(want, id+1)
+				}
+				got, _ := f.streamed(server, len(want))
+				f.settle()
+				r.stop()
+				sameOrder(t, got, want)
+			})
+		}
+	}
 }

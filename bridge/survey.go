@@ -206,11 +206,11 @@ func (c *Config) startOf(ctx context.Context, from Place) (_ *pgxConn, _ sql.Slo
 	}
 	start := max(reach.LSN, from.LSN)
 	if !from.Time.IsZero() {
-		lsn, err := sql.DeliveredBefore(ctx, db, record, time.Since(from.Time))
+		mark, err := sql.DeliveredBefore(ctx, db, record, c.Destination, time.Since(from.Time), 0)
 		if err != nil {
 			return nil, sql.SlotRecord{}, 0, err
 		}
-		start = max(start, lsn)
+		start = max(start, mark.LSN)
 	}
 	return db, record, start, nil
 }

@@ -122,7 +122,7 @@ type trailing struct {
 	at       event.LSN
 	// passed are places that the slot itself had confirmed at past times. In a quiet buffer, where there are no ticks, it is by them that
 	// the trailing slot follows what others write to the log.
-	passed []passed
+	passed []sample
 }
 
 func (t *trailing) close() {
@@ -132,9 +132,9 @@ func (t *trailing) close() {
 	}
 }
 
-type passed struct {
+type sample struct {
 	time time.Time
-	lsn  event.LSN
+	sql.Passed
 }
 
 func (t *trailing) round(ctx context.Context) (err error) {
@@ -156,35 +156,54 @@ func (t *trailing) round(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	// What the slot has confirmed is delivered; the other way round, what is delivered by now may be more.
+	here := sql.Passed{LSN: slot.ConfirmedFlush, StreamSeq: t.tracker.snapshot().last.Sequence}
+	if did != "" {
+		return sql.StoreTrail(ctx, db, t.record, t.Destination, here.StreamSeq)
+	}
 	now := time.Now()
 	step := min(t.Trail.Window/trailSteps, advanceEvery)
 	if n := len(t.passed); n == 0 || now.Sub(t.passed[n-1].time) >= step {
-		t.passed = append(t.passed, passed{now, slot.ConfirmedFlush})
+		t.passed = append(t.passed, sample{now, here})
 	}
 	if now.Sub(t.advanced) < step && int64(slot.Current-t.at) < min(advanceBytes, t.Trail.MaxWAL/trailSteps) {
 		return nil
 	}
-	target, err := sql.DeliveredBefore(ctx, db, t.record, t.Trail.Window)
+	target, err := t.target(ctx, now, slot.Current)
 	if err != nil {
 		return err
 	}
-	for len(t.passed) > 0 && now.Sub(t.passed[0].time) > t.Trail.Window {
-		target = max(target, t.passed[0].lsn)
-		t.passed = t.passed[1:]
-	}
-	if oldest := int64(slot.Current) - t.Trail.MaxWAL; oldest > 0 {
-		target = max(target, event.LSN(oldest))
-	}
-	target = min(target, slot.ConfirmedFlush)
 	trail, err := replication.InspectSlot(ctx, db, replication.TrailOf(t.Slot))
 	if err != nil {
 		return err
 	}
-	if target > trail.ConfirmedFlush {
-		if _, err := replication.AdvanceSlot(ctx, db, trail.Name, target); err != nil {
+	if target.LSN > trail.ConfirmedFlush && target.LSN <= slot.ConfirmedFlush {
+		if err := sql.StoreTrail(ctx, db, t.record, t.Destination, target.StreamSeq); err != nil {
+			return err
+		}
+		if _, err := replication.AdvanceSlot(ctx, db, trail.Name, target.LSN); err != nil {
 			return err
 		}
 	}
 	t.advanced, t.at = now, slot.Current
 	return nil
+}
+
+// target is the newest place that is as far behind as it is to be: of those that the ticks know, and those that the slot itself has passed.
+func (t *trailing) target(ctx context.Context, now time.Time, current event.LSN) (sql.Passed, error) {
+	var oldest event.LSN
+	if by := int64(current) - t.Trail.MaxWAL; by > 0 {
+		oldest = event.LSN(by)
+	}
+	target, err := sql.DeliveredBefore(ctx, t.db, t.record, t.Destination, t.Trail.Window, oldest)
+	if err != nil {
+		return sql.Passed{}, err
+	}
+	for len(t.passed) > 0 && (now.Sub(t.passed[0].time) > t.Trail.Window || target.LSN < oldest) {
+		if p := t.passed[0].Passed; p.LSN > target.LSN {
+			target = p
+		}
+		t.passed = t.passed[1:]
+	}
+	return target, nil
 }

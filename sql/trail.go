@@ -11,23 +11,40 @@ import (
 	"ebb/event"
 )
 
-// DeliveredBefore returns the LSN of the newest tick of a slot that was stored longer ago than age: everything that committed since stands
-// behind it in the log. Of no such tick it returns 0.
-func DeliveredBefore(ctx context.Context, db *pgx.Conn, r SlotRecord, age time.Duration) (event.LSN, error) {
+// Passed is a place in the log before which everything was delivered, in messages up to a sequence number.
+type Passed struct {
+	LSN       event.LSN
+	StreamSeq uint64
+}
+
+// DeliveredBefore returns the LSN of the newest tick of a slot that was stored longer ago than age, or, if that is behind it, of the oldest tick at or
+// behind an LSN: everything that committed since stands behind it in the log. Of no such tick it returns zero.
+func DeliveredBefore(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, age time.Duration, oldest event.LSN) (Passed, error) {
 	var text string
-	err := db.QueryRow(ctx, `SELECT lsn::text FROM ebb.tick WHERE slot = $1 AND system_identifier = $2
-		AND delivered_at < clock_timestamp() - make_interval(secs => $3) ORDER BY id DESC LIMIT 1`, r.Name, r.SystemIdentifier, age.Seconds()).Scan(&text)
+	var seq int64
+	err := db.QueryRow(ctx, `WITH t AS (SELECT id, lsn, stream_seq, delivered_at FROM ebb.tick
+			WHERE slot = $1 AND system_identifier = $2 AND destination = $3)
+		SELECT lsn::text, stream_seq FROM t WHERE id = greatest(
+			(SELECT max(id) FROM t WHERE delivered_at < clock_timestamp() - make_interval(secs => $4)),
+			(SELECT min(id) FROM t WHERE lsn >= $5::text::pg_lsn AND $5 <> '0/0'))`,
+		r.Name, r.SystemIdentifier, destination, age.Seconds(), oldest.String()).Scan(&text, &seq)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return 0, nil
+		return Passed{}, nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("look for a tick before %s: %w", age, withHint(err))
+		return Passed{}, fmt.Errorf("look for a tick before %s: %w", age, withHint(err))
 	}
 	lsn, err := event.ParseLSN(text)
 	if err != nil {
-		return 0, fmt.Errorf("look for a tick before %s: %w", age, err)
+		return Passed{}, fmt.Errorf("look for a tick before %s: %w", age, err)
 	}
-	return lsn, nil
+	return Passed{lsn, uint64(seq)}, nil
+}
+
+// StoreTrail stores what stands before the trailing slot, or will in a moment.
+func StoreTrail(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, seq uint64) error {
+	return update(ctx, db, r, "store what stands before the trailing slot",
+		"UPDATE ebb.slot SET trail_seq = $3, trail_destination = $4 WHERE name = $1 AND term = $2", int64(seq), destination)
 }
 
 // TickAround returns when the newest tick at or before an LSN was stored, and the oldest one at or behind it. Either is zero if there is none. Exact

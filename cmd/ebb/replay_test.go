@@ -3,6 +3,8 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -341,4 +343,76 @@ func TestReplayOfOwnTablesAndMessages(t *testing.T) {
 	pgtest.Eventually(t, time.Minute, func() (bool, string) {
 		return pgtest.Value[int64](t, db, "SELECT count(*) FROM outbox WHERE recorded IS NULL") == 0, "rows are not marked"
 	})
+}
+
+// Bridges are killed at random while replays follow one another and events keep coming. In each epoch every event stands once and in order, from
+// where the replay began up to where the next epoch does, and nothing is missing.
+func TestReplayKilledAtRandom(t *testing.T) {
+	kills := 50
+	if testing.Short() {
+		kills = 15
+	}
+	db, broker := pgtest.New(t), natstest.New(t)
+	s := newSite(t, db, broker.URL())
+	s.setup(t)
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	put := func(n int) {
+		db.Exec(t, `DO $$ BEGIN FOR i IN 1..`+strconv.Itoa(n)+` LOOP PERFORM ebb.put('t', '{"n": 1}'); COMMIT; END LOOP; END $$`)
+	}
+	put(300)
+	first := s.streaming(t)
+	delivered(t, broker, time.Minute, 300)
+	s.confirms(t, 20*time.Second)
+	first.stop(t)
+
+	ask := func() { // for another replay, if the last one has ended
+		ids := s.ids(t)
+		from := ids[random.IntN(len(ids))]
+		out := s.ebb(t, "replay", "--from", from)
+		if out.code != 0 && !strings.Contains(out.stderr, "another replay has not ended") {
+			t.Fatalf("replay: %+v", out)
+		}
+	}
+	for range kills {
+		put(random.IntN(20))
+		if random.IntN(3) == 0 {
+			ask()
+		}
+		p := s.run(t)
+		time.Sleep(time.Duration(random.IntN(700)) * time.Millisecond)
+		p.kill()
+	}
+	put(10)
+	s.streaming(t)
+	s.confirms(t, time.Minute)
+	if n := pgtest.Value[int64](t, db, "SELECT count(*) FROM ebb.replay WHERE state <> 'done'"); n != 0 {
+		t.Errorf("%d replays are not done", n)
+	}
+	replays := pgtest.Value[int64](t, db, "SELECT count(*) FROM ebb.replay")
+	t.Logf("%d replays", replays)
+
+	// One session commits after the other, so that ids are in commit order.
+	by := epochs(t, broker)
+	if len(by) != int(replays)+1 {
+		t.Errorf("%d epochs, want one more than the %d replays", len(by), replays)
+	}
+	all := s.ids(t)
+	end := 0 // how many of all were delivered so far, in whichever epoch
+	for _, epoch := range slices.Sorted(maps.Keys(by)) {
+		ids := by[epoch]
+		at := slices.Index(all, ids[0])
+		if at < 0 || at > end || at+len(ids) > len(all) {
+			t.Fatalf("epoch %d begins at event %s, with %d events delivered before", epoch, ids[0], end)
+		}
+		equalIDs(t, fmt.Sprintf("epoch %d", epoch), ids, all[at:at+len(ids)])
+		if at+len(ids) < end {
+			t.Fatalf("epoch %d ends at event %d, and %d were delivered before it", epoch, at+len(ids), end)
+		}
+		end = at + len(ids)
+	}
+	if end != len(all) {
+		t.Errorf("%d of %d events are delivered", end, len(all))
+	}
 }

@@ -83,7 +83,7 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger, flags runFla
 	defer func() { err = errors.Join(err, page.Close()) }()
 	defer context.AfterFunc(ctx, func() { log.Info("stopping; a second signal ends this at once") })()
 	bc := bridgeConfig(cfg, log)
-	bc.Sink, bc.Destination = destination, destinationOf(cfg)
+	bc.Sink = destination
 	bc.Adopt, bc.AcceptGap = flags.adopt, flags.acceptGap
 	bc.OnRole = func(r bridge.Role) { role.Store(r) }
 	err = bridge.Run(ctx, bc)
@@ -100,6 +100,7 @@ func bridgeConfig(cfg *config.Config, log *slog.Logger) bridge.Config {
 		Slot:        cfg.Slot,
 		Publication: cfg.Publication,
 		Buffers:     buffersOf(cfg),
+		Destination: destinationOf(cfg),
 		Logger:      log,
 		TickEvery:   cfg.Recorded.Every,
 		TickKeep:    max(cfg.Recorded.Keep, cfg.Replay.Window, time.Minute),

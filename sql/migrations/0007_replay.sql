@@ -26,7 +26,10 @@ CREATE UNIQUE INDEX replay_active ON ebb.replay (slot) WHERE state IN ('requeste
 
 ALTER TABLE ebb.slot
     -- The slot is to be dropped and copied from the trailing one, as the position is to go back.
-    ADD COLUMN reset boolean NOT NULL DEFAULT false;
+    ADD COLUMN reset boolean NOT NULL DEFAULT false,
+    -- What stands before the trailing slot was delivered to trail_destination in messages up to trail_seq.
+    ADD COLUMN trail_seq bigint,
+    ADD COLUMN trail_destination text;
 
 -- In an epoch that a replay began, the transactions are the same as in the one before it.
 ALTER TABLE ebb.epoch ADD COLUMN replay bigint;
