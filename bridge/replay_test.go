@@ -188,6 +188,12 @@ func TestReplayCancelled(t *testing.T) {
 	id := f.requestReplay(s.all()[0].Position.Commit)
 	f.awaitReplay(id, sql.ReplayRunning)
 	db := f.db.Connect(t)
+	first := s.all()[0].Position.Commit
+	pgtest.Eventually(t, patience, func() (bool, string) {
+		slot, err := replication.InspectSlot(t.Context(), db, f.slot)
+		return err == nil && slot.Active && slot.ConfirmedFlush <= first, fmt.Sprintf("the slot stands at %s, and is to go back to before %s (%v)",
+			slot.ConfirmedFlush, first, err)
+	})
 	if _, err := sql.RequestReplay(t.Context(), db, f.slot, 1, "", 0); !errors.Is(err, sql.ErrReplayActive) {
 		t.Errorf("asked for another one: %v", err)
 	}

@@ -1,5 +1,5 @@
 // Command buffer measures what the buffer table costs: to put an event, beside a plain INSERT into a plain table; to keep it from growing, over
-// many turns of its ring of partitions; and to ask for the backlog and to drain it, when there is much of it.
+// many turns of its ring of partitions; to ask for the backlog and to drain it, when there is much of it; and to keep the trailing slot.
 //
 //	go run ./bench/buffer
 //	go run ./bench/buffer --part backlog --rows 10000000
@@ -58,7 +58,7 @@ type bench struct {
 func measure(ctx context.Context, args []string, out io.Writer) (code int, err error) {
 	b := &bench{out: out}
 	flags := flag.NewFlagSet("buffer", flag.ContinueOnError)
-	part := flags.String("part", "all", "put, flat, backlog or all")
+	part := flags.String("part", "all", "put, flat, backlog, trail or all")
 	flags.IntVar(&b.rounds, "rounds", 7, "how often each way of putting is measured")
 	flags.IntVar(&b.perPart, "puts", 3000, "events a round")
 	flags.IntVar(&b.rows, "rows", 1_000_000, "rows in the tables while the puts are measured again, and in the backlog")
@@ -67,11 +67,11 @@ func measure(ctx context.Context, args []string, out io.Writer) (code int, err e
 	if err := flags.Parse(args); err != nil {
 		return exitUsage, nil // flag has said why
 	}
-	parts := map[string]func(context.Context) error{"put": b.put, "flat": b.flat, "backlog": b.backlog}
-	order := []string{"put", "flat", "backlog"}
+	parts := map[string]func(context.Context) error{"put": b.put, "flat": b.flat, "backlog": b.backlog, "trail": b.trail}
+	order := []string{"put", "flat", "backlog", "trail"}
 	if *part != "all" {
 		if parts[*part] == nil || flags.NArg() > 0 {
-			return exitUsage, fmt.Errorf("--part %s: want put, flat, backlog or all", *part)
+			return exitUsage, fmt.Errorf("--part %s: want put, flat, backlog, trail or all", *part)
 		}
 		order = []string{*part}
 	}
