@@ -47,11 +47,11 @@ func StoreTrail(ctx context.Context, db *pgx.Conn, r SlotRecord, destination str
 		"UPDATE ebb.slot SET trail_seq = $3, trail_destination = $4 WHERE name = $1 AND term = $2", int64(seq), destination)
 }
 
-// TickAround returns when the newest tick at or before an LSN was stored, and the oldest one at or behind it. Either is zero if there is none. Exact
-// says that the first one is at that LSN.
+// TickAround returns when the newest tick at or before an LSN was stored, and the oldest one at or behind it, of those that have recorded an event.
+// Either is zero if there is none. Exact says that the first one is at that LSN.
 func TickAround(ctx context.Context, db *pgx.Conn, r SlotRecord, lsn event.LSN) (before, behind time.Time, exact bool, err error) {
 	var b, h *time.Time
-	err = db.QueryRow(ctx, `WITH t AS (SELECT lsn, delivered_at FROM ebb.tick WHERE slot = $1 AND system_identifier = $2)
+	err = db.QueryRow(ctx, `WITH t AS (SELECT lsn, delivered_at FROM ebb.tick WHERE slot = $1 AND system_identifier = $2 AND events > 0)
 		SELECT (SELECT max(delivered_at) FROM t WHERE lsn <= $3::text::pg_lsn), (SELECT min(delivered_at) FROM t WHERE lsn >= $3::text::pg_lsn),
 			EXISTS (SELECT FROM t WHERE lsn = $3::text::pg_lsn)`, r.Name, r.SystemIdentifier, lsn.String()).Scan(&b, &h, &exact)
 	if err != nil {

@@ -201,6 +201,9 @@ func TestReplayWithoutABridge(t *testing.T) {
 		status.Replay.State != "requested" || status.Replay.Events != 5 {
 		t.Errorf("status says %+v (%v)", status.Replay, err)
 	}
+	if out := s.ebb(t, "status"); !strings.Contains(out.stdout, "is requested; 0 of 5 events so far") {
+		t.Errorf("status prints\n%s", out.stdout)
+	}
 	s.streaming(t)
 	delivered(t, broker, time.Minute, 10)
 	equalIDs(t, "the replay", epochs(t, broker)[2], s.ids(t))
