@@ -110,6 +110,39 @@ func TestFlow(t *testing.T) {
 	sameOrder(t, ids(t, s.all()), f.rows())
 }
 
+// A delivered row that somebody has locked holds up the slot: then the bridge looks after the limits as well.
+func TestFlowWhileARowIsLocked(t *testing.T) {
+	t.Parallel()
+	f := newOwnFixture(t, pgtest.NewServer(t, postgres.Config{}).New(t), own("marked", sql.Mark), bridge.Managed())
+	f.create("marked")
+	f.mustSetup()
+	s := newExactSink()
+	cfg := f.config(s)
+	const limit = 1 << 20
+	cfg.Flow = sql.Flow{Warn: limit / 2, Limit: limit}
+	r := f.runWith(cfg)
+	r.await(bridge.RoleLeader)
+	conn := f.db.Connect(t)
+	f.insert("marked", 1)
+	f.left(0, "marked WHERE done_at IS NULL")
+	s.block()
+	f.insert("marked", 1)
+	if _, err := conn.Exec(t.Context(), "BEGIN; SELECT FROM marked WHERE done_at IS NULL FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	s.unblock()
+	s.await(t, 2)
+	f.fill(1000)
+	closed := func() bool { return pgtest.Value[bool](t, f.db, "SELECT closed FROM ebb.flow") }
+	pgtest.Eventually(t, patience, func() (bool, string) { return closed(), "the bridge has not closed the buffer" })
+	if _, err := conn.Exec(t.Context(), "ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Eventually(t, patience, func() (bool, string) { return !closed(), "the bridge has not opened the buffer" })
+	f.left(0, "marked WHERE done_at IS NULL")
+	r.stop()
+}
+
 // A flow that warns does so once in a while, not once a tick.
 func TestFlowWarns(t *testing.T) {
 	t.Parallel()

@@ -172,24 +172,6 @@ func (l *leader) markRows(ctx context.Context) error {
 	}
 }
 
-// awaitMarked waits until the rows of the first so many events are marked or deleted.
-func (l *leader) awaitMarked(ctx context.Context, events uint64) bool {
-	poll := time.NewTicker(caughtUpPoll)
-	defer poll.Stop()
-	for asked := false; !l.tracker.allMarked(events); {
-		if !asked {
-			asked = true
-			l.tracker.ask()
-		}
-		select {
-		case <-poll.C:
-		case <-ctx.Done():
-			return false
-		}
-	}
-	return true
-}
-
 // awaitMarkedOrLocked waits until the rows of all that is delivered are marked or deleted, but for those that somebody else has locked.
 func (l *leader) awaitMarkedOrLocked(ctx context.Context) {
 	poll := time.NewTicker(caughtUpPoll)

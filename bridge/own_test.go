@@ -435,7 +435,9 @@ func TestOwnTablesThatCannotBe(t *testing.T) {
 	f := newOwnFixture(t, pgtest.New(t))
 	f.db.Exec(t, "CREATE TABLE a (id int PRIMARY KEY, doc json)", "CREATE TABLE b (id bigserial, doc json, done_at date)",
 		"CREATE TABLE c (id text PRIMARY KEY, doc json NOT NULL, done_at text)", "CREATE VIEW v AS SELECT * FROM a", "CREATE UNLOGGED TABLE u (id int, doc json)",
-		"CREATE TABLE g (id uuid PRIMARY KEY, doc json GENERATED ALWAYS AS ('{}') STORED)")
+		"CREATE TABLE g (id uuid PRIMARY KEY, doc json GENERATED ALWAYS AS ('{}') STORED)",
+		"CREATE TABLE gk (n int, id uuid GENERATED ALWAYS AS (md5(n::text)::uuid) STORED PRIMARY KEY, doc json NOT NULL)",
+		"CREATE TABLE gm (id uuid PRIMARY KEY, doc json NOT NULL, done_at timestamptz GENERATED ALWAYS AS (NULL) STORED)")
 	for _, tt := range []struct {
 		want    string
 		buffers []bridge.Buffer
@@ -445,6 +447,8 @@ func TestOwnTablesThatCannotBe(t *testing.T) {
 		{"SET LOGGED", []bridge.Buffer{own("u", sql.Keep)}},
 		{`has no column "other"`, []bridge.Buffer{own("a", sql.Keep, func(b *bridge.Buffer) { b.Key = "other" })}},
 		{"is generated", []bridge.Buffer{own("g", sql.Keep)}},
+		{"in the primary key of public.gk is generated", []bridge.Buffer{own("gk", sql.Delete, noID)}},
+		{"which a mark sets, is generated", []bridge.Buffer{own("gm", sql.Mark)}},
 		{"has no primary key", []bridge.Buffer{own("b", sql.Mark)}},
 		{"neither an id column nor a primary key", []bridge.Buffer{own("b", sql.Keep, noID, startAll)}},
 		{"a type of time or boolean", []bridge.Buffer{own("c", sql.Mark)}},

@@ -59,8 +59,8 @@ func (l *leader) tick(ctx context.Context) error {
 			return ignoreEnd(ctx, err)
 		}
 		// So rows that are delivered and not marked stand behind the newest tick in the stream.
-		if !l.awaitMarked(ctx, now.delivered) {
-			return nil
+		if ok, err := l.awaitMarked(ctx, now.delivered); !ok || err != nil {
+			return ignoreEnd(ctx, err)
 		}
 		if err := l.checkWitness(ctx, tick); err != nil {
 			return ignoreEnd(ctx, err)
@@ -135,27 +135,45 @@ func (l *leader) checkWitness(ctx context.Context, tick sql.Tick) error {
 // awaitDelivered waits until everything before lsn is delivered, or returns false when ctx ends. It goes on looking at the lag meanwhile,
 // which grows while a sink is down.
 func (l *leader) awaitDelivered(ctx context.Context, lsn event.LSN) (snapshot, bool, error) {
+	var now snapshot
+	ok, err := l.await(ctx, func() bool {
+		now = l.tracker.snapshot()
+		return now.write >= lsn
+	})
+	return now, ok, err
+}
+
+// awaitMarked waits until the rows of the first so many events are marked or deleted, in the same way: a row that is locked holds up the slot.
+func (l *leader) awaitMarked(ctx context.Context, events uint64) (bool, error) {
+	if !l.tracker.allMarked(events) {
+		l.tracker.ask()
+	}
+	return l.await(ctx, func() bool { return l.tracker.allMarked(events) })
+}
+
+// await waits for a condition and does meanwhile what a tick does besides recording. It returns false when ctx ends.
+func (l *leader) await(ctx context.Context, reached func() bool) (bool, error) {
 	poll := time.NewTicker(caughtUpPoll)
 	defer poll.Stop()
 	said := time.Now()
 	for {
-		if now := l.tracker.snapshot(); now.write >= lsn {
-			return now, true, nil
+		if reached() {
+			return true, nil
 		}
 		if err := l.regulate(ctx); err != nil {
-			return snapshot{}, false, err
+			return false, err
 		}
 		select {
 		case <-poll.C:
 		case <-ctx.Done():
-			return snapshot{}, false, nil
+			return false, nil
 		}
 		if time.Since(said) < l.TickEvery {
 			continue
 		}
 		said = time.Now()
 		if err := l.recordReplay(ctx, false); err != nil {
-			return snapshot{}, false, err
+			return false, err
 		}
 	}
 }

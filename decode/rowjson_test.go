@@ -214,6 +214,32 @@ func TestRecoveredWholeRow(t *testing.T) {
 	}
 }
 
+// What alters a type can be in the log already, and be decoded, before it is seen in the catalog: while it waits for a synchronous standby.
+func TestTypesReadTooEarly(t *testing.T) {
+	early := Types{70000: {Kind: Composite, Attributes: []Attribute{{Name: "a", Type: oidInt4}}}}
+	now := Types{70000: {Kind: Composite, Attributes: []Attribute{{Name: "a", Type: oidInt4}, {Name: "b", Type: oidInt4}}}}
+	lookUps := 0
+	d, batch := New(Config{Epochs: epoch(1), Buffers: []Buffer{{Schema: "ebb", Table: "buffer", TopicValue: "t"}}, LookUp: func([]uint32) (Types, event.LSN, error) {
+		if lookUps++; lookUps == 1 {
+			return early, 1 << 40, nil
+		}
+		return now, 1 << 40, nil
+	}}), event.NewBatch()
+	for _, msg := range [][]byte{begin(16), relation(1, "v app.doc"), insert(1, "t(1)"), insert(1, "t(1,2)"), insert(1, "t(3,4)")} {
+		if err := d.Decode(msg, batch); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i, want := range []string{`{"v":{"a":1}}`, `{"v":{"a":1,"b":2}}`, `{"v":{"a":3,"b":4}}`} {
+		if got := string(batch.Events[i].Payload); got != want {
+			t.Errorf("row %d is %s, want %s", i+1, got, want)
+		}
+	}
+	if lookUps != 2 {
+		t.Errorf("types were looked up %d times", lookUps)
+	}
+}
+
 // The error of a look-up ends the Decode, and the batch stays as it was.
 func TestFailedLookUp(t *testing.T) {
 	down := errors.New("down")

@@ -49,7 +49,8 @@ func (d *Decoder) readTypes(t *table) error {
 }
 
 // encodeRow returns the row at hand as JSON, valid until the next one is encoded. A composite type may have been altered since the types were
-// read, of which the server does not tell: where a value does not fit, they are read again. Then they are from a later time than the row.
+// read, of which the server does not tell: where a value does not fit, they are read again. Then they are from a later time than the row. So they
+// may not have been although the log went further: what alters a type can have committed, and wait for a synchronous standby unseen.
 func (d *Decoder) encodeRow(t *table) ([]byte, error) {
 	w := t.row
 	for i := range d.insert.row {
@@ -61,7 +62,7 @@ func (d *Decoder) encodeRow(t *table) ([]byte, error) {
 	}
 	w.encoder.later = w.asOf > d.position.Commit
 	payload, err := w.encoder.payload(w.values)
-	if changed := (*UnknownTypeError)(nil); errors.As(err, &changed) && !w.encoder.later {
+	if changed := (*UnknownTypeError)(nil); errors.As(err, &changed) {
 		if err := d.readTypes(t); err != nil {
 			return nil, err
 		}

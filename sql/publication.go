@@ -138,6 +138,10 @@ func giveUp(ctx context.Context, tx pgx.Tx, s Setup) (string, error) {
 		if _, err := tx.Exec(ctx, "REVOKE ALL ON "+table+" FROM ebb_bridge"); err != nil {
 			return "", fmt.Errorf("give up table %s: %w", table, err)
 		}
+		// Or what is inserted would go on being refused, by the lag of a slot that does not carry it.
+		if _, err := tx.Exec(ctx, "SELECT ebb.limit_inserts(false, $1::text::regclass)", table); err != nil {
+			return "", fmt.Errorf("give up table %s: %w", table, err)
+		}
 	}
 	if !HasManaged(s.Tables) {
 		var is bool

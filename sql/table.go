@@ -140,10 +140,10 @@ func inspect(ctx context.Context, db querier, t Table) (OwnTable, error) {
 		return o, fmt.Errorf("%w: %s is unlogged or temporary, so that its rows are not in the log: ALTER TABLE %s SET LOGGED", ErrTable, &t, t.ident())
 	}
 	o.owned = found.Owned
-	category := map[string]string{}
+	category, generated := map[string]string{}, map[string]bool{}
 	for _, c := range found.Columns {
 		category[c.Name] = c.Category
-		if c.Generated {
+		if generated[c.Name] = c.Generated; c.Generated {
 			if slices.Contains(t.Columns, c.Name) {
 				return o, fmt.Errorf("%w: column %q of %s is generated, and such ones are not sent: name another one", ErrTable, c.Name, &t)
 			}
@@ -169,6 +169,12 @@ func inspect(ctx context.Context, db querier, t Table) (OwnTable, error) {
 	if t.Delivered != Keep && len(o.Key) == 0 {
 		return o, fmt.Errorf("%w: %s has no primary key, by which delivered rows are marked or deleted: add one, or write delivered: keep", ErrTable, &t)
 	}
+	for _, name := range o.Key {
+		if t.Delivered != Keep && generated[name] {
+			return o, fmt.Errorf("%w: column %q in the primary key of %s is generated, and such ones are not sent, so that delivered rows could not be found "+
+				"again: have another primary key, or write delivered: keep", ErrTable, name, &t)
+		}
+	}
 	if t.Delivered == Keep && t.StartAll && t.ID == "" && len(o.Key) == 0 {
 		return o, fmt.Errorf("%w: %s has neither an id column nor a primary key, so that rows which are there already cannot be told apart "+
 			"(start: all): add one, or write start: now", ErrTable, &t)
@@ -182,6 +188,9 @@ func inspect(ctx context.Context, db querier, t Table) (OwnTable, error) {
 			o.mark, o.unmarked = "true", column+" IS NOT TRUE"
 		default:
 			return o, fmt.Errorf("%w: column %q of %s, which a mark sets, is to have a type of time or boolean", ErrTable, t.Recorded, &t)
+		}
+		if generated[t.Recorded] {
+			return o, fmt.Errorf("%w: column %q of %s, which a mark sets, is generated: name another one", ErrTable, t.Recorded, &t)
 		}
 		if slices.Contains(o.Key, t.Recorded) {
 			return o, fmt.Errorf("%w: column %q, which a mark sets, is in the primary key of %s", ErrTable, t.Recorded, &t)

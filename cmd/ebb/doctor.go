@@ -27,8 +27,8 @@ func newDoctor(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Check the database against what ebb run needs, and print the mend of what falls short; exit with 3 then",
-		Long: "Doctor looks at the server, the schema, the publication, the slot, the role that it logs in as, the flow limits and the\n" +
-			"settings for COMMITs that wait for delivery. Give it the configuration, and so the role, of ebb run.",
+		Long: "Doctor looks at the server, the schema, the tables, the publication, the slot, the role that it logs in as, the flow\n" +
+			"limits and the settings for COMMITs that wait for delivery. Give it the configuration, and so the role, of ebb run.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, _, err := a.loadForPostgres()
 			if err != nil {
@@ -82,7 +82,8 @@ var checks = []check{
 	{"wal_level", []string{"server"}, checkWALLevel},
 	{"role", []string{"server"}, checkRole},
 	{"schema", []string{"server", "role"}, checkSchema},
-	{"publication", []string{"schema"}, checkPublication},
+	{"tables", []string{"schema"}, checkTables},
+	{"publication", []string{"schema", "tables"}, checkPublication},
 	{"slot", []string{"schema"}, checkSlot},
 	{"flow", []string{"schema"}, checkFlow},
 	{"inline", []string{"schema"}, checkInline},
@@ -210,12 +211,29 @@ func checkSchema(ctx context.Context, p *patient) (finding, error) {
 	return finding{State: stateOK, Text: "of this version"}, err
 }
 
+// checkTables looks at the tables as the bridge does when it starts.
+func checkTables(ctx context.Context, p *patient) (finding, error) {
+	tables := bridge.Tables(buffersOf(p.cfg))
+	own, err := sql.Inspect(ctx, p.db, tables)
+	if err == nil {
+		err = sql.CheckRights(ctx, p.db, own)
+	}
+	if errors.Is(err, sql.ErrTable) {
+		return finding{State: stateFail, Text: err.Error(), Mend: "do what it says, and run ebb setup"}, nil
+	}
+	names := make([]string, len(tables))
+	for i := range tables {
+		names[i] = tables[i].String()
+	}
+	return finding{State: stateOK, Text: strings.Join(names, ", ")}, err
+}
+
 func checkPublication(ctx context.Context, p *patient) (finding, error) {
 	_, err := sql.CheckPublication(ctx, p.db, p.cfg.Publication, bridge.Tables(buffersOf(p.cfg))...)
 	if errors.Is(err, sql.ErrPublication) {
 		return finding{State: stateFail, Text: err.Error(), Mend: "run ebb setup"}, nil
 	}
-	return finding{State: stateOK, Text: p.cfg.Publication + " publishes the buffer's inserts"}, err
+	return finding{State: stateOK, Text: p.cfg.Publication + " publishes what is inserted into them"}, err
 }
 
 func checkSlot(ctx context.Context, p *patient) (finding, error) {

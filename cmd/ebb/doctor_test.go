@@ -160,7 +160,7 @@ func TestDoctor(t *testing.T) {
 	found(t, s.doctor(t, exitCheck), "slot", stateFail, "does not exist", "ebb run")
 	db.Exec(t, "SELECT pg_create_logical_replication_slot('"+db.Name+"', 'test_decoding')")
 	found(t, s.doctor(t, exitCheck), "slot", stateFail, "test_decoding")
-	db.Exec(t, "SELECT pg_drop_replication_slot('"+db.Name+"')", "DELETE FROM ebb.migration WHERE version > 1")
+	db.Exec(t, "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots", "DELETE FROM ebb.migration WHERE version > 1")
 	found(t, s.doctor(t, exitCheck), "schema", stateFail, "version 1", "ebb setup")
 	set("wal_level", "replica")
 	if err := server.Restart(t.Context(), postgres.Fast); err != nil {

@@ -488,3 +488,33 @@ func TestOwnTablesSetUpAndTornDown(t *testing.T) {
 	}
 	s.add(1)
 }
+
+// Doctor finds what a bridge would end with, and a table that is given up is limited no more.
+func TestDoctorAndFlowOfOwnTables(t *testing.T) {
+	t.Parallel()
+	s := newOwnSite(t, readyMappings[3], "stdout")
+	s.setup(t)
+	found(t, s.doctor(t, exitOK), "tables", stateOK, "app.messages")
+	name := s.db.Name + "_r"
+	s.db.Exec(t, "CREATE ROLE "+name+" LOGIN REPLICATION IN ROLE ebb_bridge", "REVOKE UPDATE (sent_at) ON app.messages FROM ebb_bridge")
+	findings := s.doctor(t, exitCheck, "--postgres", s.urlOf(name))
+	found(t, findings, "tables", stateFail, "app.messages", `GRANT UPDATE ("sent_at")`)
+	if f := findings["publication"]; f.State != stateSkipped {
+		t.Errorf("publication: %+v", f)
+	}
+	s.setup(t)
+	found(t, s.doctor(t, exitOK, "--postgres", s.urlOf(name)), "tables", stateOK)
+	s.db.Exec(t, "ALTER TABLE app.messages DROP COLUMN sent_at")
+	found(t, s.doctor(t, exitCheck), "tables", stateFail, `no column "sent_at"`)
+	s.db.Exec(t, "ALTER TABLE app.messages ADD COLUMN sent_at timestamptz")
+
+	s.db.Exec(t, "SELECT ebb.limit_inserts(true, 'app.messages')", "UPDATE ebb.flow SET limit_bytes = 1")
+	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+		_, err := s.db.Connect(t).Exec(t.Context(), s.row(1))
+		return err != nil && strings.Contains(err.Error(), "the event buffer is full"), fmt.Sprintf("the insert ended with %v", err)
+	})
+	site := newSite(t, s.db, "stdout")
+	site.setup(t)
+	s.db.Exec(t, "UPDATE ebb.flow SET limit_bytes = 1")
+	s.add(1)
+}

@@ -143,7 +143,11 @@ func sayOfSettings(ctx context.Context, db *pgx.Conn, cfg *config.Config, log *s
 		case f.State == stateWarn || f.State == stateFail:
 			log.Warn(f.Text, "mend", f.Mend)
 		case f.State == stateOff && first:
-			log.Info(f.Text, "mend", f.Mend)
+			var mend []any
+			if f.Mend != "" {
+				mend = []any{"mend", f.Mend}
+			}
+			log.Info(f.Text, mend...)
 		}
 	}
 	return nil
