@@ -23,11 +23,6 @@ func MaxPayload(bytes int32) Option {
 	return func(c *natsserver.Config) { c.MaxPayload = bytes }
 }
 
-// SyncAlways has every message on the disk before it is acknowledged; tests do without by default.
-func SyncAlways() Option {
-	return func(c *natsserver.Config) { c.SyncAlways = true }
-}
-
 // Adjust changes the server's options, for what has no option here.
 func Adjust(adjust func(*server.Options)) Option {
 	return func(c *natsserver.Config) { c.Adjust = adjust }
