@@ -25,7 +25,16 @@ type tap struct {
 
 // openTap opens a tap that begins with the transactions that commit at or behind an LSN. The trailing slot must not be ahead of that.
 func openTap(ctx context.Context, cfg *Config, db *pgxConn, record sql.SlotRecord, from event.LSN) (_ *tap, err error) {
-	t := &tap{most: maxBatchEvents, decoder: decode.New(decode.Config{Epochs: record.Epochs})}
+	own, err := inspectOwn(ctx, db, cfg)
+	if err != nil {
+		return nil, err
+	}
+	c := decode.Config{Epochs: record.Epochs, Buffers: own.buffers}
+	if c.Token, err = sql.MessageToken(ctx, db); err != nil {
+		return nil, err
+	}
+	c.LookUp = func(oids []uint32) (decode.Types, event.LSN, error) { return cfg.lookUpIn(ctx, db, oids) }
+	t := &tap{most: maxBatchEvents, decoder: decode.New(c)}
 	if t.until, err = replication.FlushedTo(ctx, db); err != nil {
 		return nil, err
 	}

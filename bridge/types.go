@@ -30,6 +30,11 @@ func (l *leader) lookUp(ctx context.Context, oids []uint32) (decode.Types, event
 	if !shares {
 		return nil, 0, errors.New("the session for reading types is on another server than the leader's lock, or that is lost")
 	}
+	return l.lookUpIn(ctx, db, oids)
+}
+
+// lookUpIn does that in a session.
+func (c *Config) lookUpIn(ctx context.Context, db *pgxConn, oids []uint32) (decode.Types, event.LSN, error) {
 	asOf, err := sql.EndOfLog(ctx, db)
 	if err != nil {
 		return nil, 0, err
@@ -39,7 +44,7 @@ func (l *leader) lookUp(ctx context.Context, oids []uint32) (decode.Types, event
 		return nil, 0, err
 	}
 	if len(missing) > 0 {
-		l.Logger.Warn("types do not exist any more that rows in the slot have; their values are delivered as strings", "oids", missing)
+		c.Logger.Warn("types do not exist any more that rows in the slot have; their values are delivered as strings", "oids", missing)
 	}
 	return types, asOf, nil
 }
