@@ -43,6 +43,9 @@ func EnsureTrail(ctx context.Context, db *pgxConn, cfg Config) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if record.Reset { // the trailing slot is needed as it is, and the slot may not be there
+		return "", nil
+	}
 	if exists {
 		if err := slot.Ours(db.Config().Database); err != nil {
 			return "", err

@@ -11,6 +11,10 @@ CREATE TABLE ebb.replay (
     epoch        integer,
     -- The last event that had been delivered when it began, up to which events are delivered again.
     through      text,
+    -- Where the destination held it. Void says that it has forgotten that since.
+    destination  text,
+    held_seq     bigint,
+    void         boolean NOT NULL DEFAULT false,
     delivered    bigint NOT NULL DEFAULT 0,
     position     text,
     started_at   timestamptz,
