@@ -156,6 +156,9 @@ func decide(f *facts) step {
 	if !f.record.Done {
 		return step{action: actRecover}
 	}
+	if s, ok := isReplayMissed(f); ok {
+		return s
+	}
 	if f.requested != nil {
 		return f.replay()
 	}
@@ -471,6 +474,20 @@ func whatIsVoid(f *facts) (step, bool) {
 		return step{action: actVoid, replay: r.ID}, true
 	}
 	return step{}, false
+}
+
+// isReplayMissed finds out whether the slot has passed the place of a replay that is running, as that of a standby has which was promoted: a server
+// does not synchronize a slot backwards. What is confirmed moves with ticks, and the first one ends the replay.
+func isReplayMissed(f *facts) (step, bool) {
+	r := f.replayed
+	if r == nil || r.State != sql.ReplayRunning || !f.remembers || f.ticked && f.tick.Epoch >= r.Epoch || f.slot.ConfirmedFlush <= r.From {
+		return step{}, false
+	}
+	if f.trails() && f.trail.ConfirmedFlush <= r.From {
+		return step{action: actReset, why: sql.BecauseOfReplay(r.ID)}, true
+	}
+	return step{action: actAbandon, replay: r.ID, why: fmt.Sprintf("the slot has passed %s and stands at %s, and no trailing slot reaches there", r.From,
+		f.slot.ConfirmedFlush)}, true
 }
 
 // replay begins a replay, for which the slot is to be reset.

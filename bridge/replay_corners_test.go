@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	gocmp "github.com/google/go-cmp/cmp"
 
@@ -243,4 +244,54 @@ func TestReplayOfReplay(t *testing.T) {
 			sameOrder(t, got, want)
 		})
 	}
+}
+
+// The primary dies in the middle of a replay. The slot of the standby has not gone back, as servers do not synchronize that: the replay has failed
+// and says so, and events go on without a gap.
+func TestPromotionDuringReplay(t *testing.T) {
+	t.Parallel()
+	p := newPair(t, pgtest.Installation(t, 17), map[string]string{"sync_replication_slots": "on"})
+	if err := p.primary.SetSetting(t.Context(), "synchronized_standby_slots", "standby"); err != nil {
+		t.Fatal(err)
+	}
+	trail := bridge.Trail{Window: time.Hour, MaxWAL: 1 << 30}
+	config := func() bridge.Config {
+		cfg := p.config(p.dsn())
+		cfg.Trail = trail
+		return cfg
+	}
+	r := p.runWith(p.trailing(config()))
+	p.put(5)
+	p.put(5)
+	p.put(5)
+	_, messages := p.streamed(p.nats, 15)
+	p.settle()
+	done := p.requestReplay(commitOf(t, messages[10]))
+	p.awaitReplay(done, sql.ReplayDone)
+	p.streamed(p.nats, 20)
+	p.settle()
+	r.stop()
+	r = p.runWith(killedAt(config(), "stream"))
+	id := p.requestReplay(commitOf(t, messages[5]))
+	p.awaitReplay(id, sql.ReplayRunning)
+	db := p.db.Connect(t)
+	pgtest.Eventually(t, patience, func() (bool, string) {
+		record, err := sql.ReadSlot(t.Context(), db, p.slot)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return !record.Reset, "it is not reset"
+	})
+	r.stop()
+	p.standby.WaitSynced(t, p.primary, p.slot)
+	p.standby.CatchUp(t, p.primary)
+	p.failover()
+	p.put(5)
+	r = p.runWith(config())
+	p.awaitReplay(id, sql.ReplayFailed)
+	p.awaitBacklog(0)
+	r.stop()
+	got, messages := p.streamed(p.nats, int(stream(t, p.nats).CachedInfo().State.Msgs))
+	sameOrder(t, got, slices.Concat(p.rows()[:15], p.rows()[10:15], p.rows()[15:]))
+	positions(t, messages)
 }
