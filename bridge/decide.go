@@ -130,8 +130,9 @@ type step struct {
 	// tick is the last one that is kept; slotHolds says that the slot has all that came behind it.
 	tick      int64
 	slotHolds bool
-	// reset says that the trailing slot has it.
-	reset bool
+	// reset says that the trailing slot has it, and because is why it is needed.
+	reset   bool
+	because string
 	// replay is one that has failed, or that is to be void.
 	replay int64
 	// epoch is that of a replay.
@@ -348,7 +349,9 @@ func whatIsForgotten(f *facts) (step, bool) {
 	s.slotHolds = f.record.Done && !f.record.Reset && f.usable() && f.holds && f.slot.ConfirmedFlush <= f.held.LSN
 	// Of a stream that is new, what the trailing slot has is as much as there is.
 	s.reset = !s.slotHolds && f.trails() && (f.holds && f.trail.ConfirmedFlush <= f.held.LSN || f.tail.Last == 0 && (!f.reach || f.rowless))
-	if s.reset && !f.holds {
+	s.because = becauseForgotten
+	if s.reset && (!f.holds || f.trail.ConfirmedFlush > f.held.LSN) {
+		s.because = becauseRenewed
 		s.why += fmt.Sprintf("; the trailing slot begins at %s, and what was delivered before that is not delivered again", f.trail.ConfirmedFlush)
 	}
 	if s.slotHolds || s.reset {
@@ -360,7 +363,11 @@ func whatIsForgotten(f *facts) (step, bool) {
 	return s, true
 }
 
-const becauseForgotten = "the stream had forgotten what it acknowledged"
+// Why a slot is reset for a stream: one that holds what a tick has recorded, or one that is new, which gets what the trailing slot has.
+const (
+	becauseForgotten = "the stream had forgotten what it acknowledged"
+	becauseRenewed   = "the stream had forgotten all that it acknowledged"
+)
 
 // gap is the error, if any, of filling in a stream that has forgotten something from rows of the buffer alone.
 func (f *facts) gap(what string) error {
@@ -417,7 +424,7 @@ func whatIsReset(f *facts) (step, bool) {
 		return step{action: actAbandon, why: lost, replay: f.replayed.ID}, true
 	case f.usable() && f.slot.ConfirmedFlush <= f.newest.LSN: // it was copied
 		return step{action: actAbandon, why: lost}, true
-	case f.record.Done && f.record.MadeBecause == becauseForgotten:
+	case f.record.Done && (f.record.MadeBecause == becauseForgotten || f.record.MadeBecause == becauseRenewed):
 		if err := f.gap(lost); err != nil {
 			return halt(err), true
 		}
@@ -437,7 +444,7 @@ func (f *facts) resetTo() event.LSN {
 	switch {
 	case f.isResetForReplay():
 		return f.replayed.From
-	case f.remembers && f.tail.Last == 0: // what there is
+	case f.record.MadeBecause == becauseRenewed:
 		return math.MaxUint64
 	}
 	return f.newest.LSN

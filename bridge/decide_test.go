@@ -51,6 +51,8 @@ type world struct {
 	// rowless says that every third event has no row that would give it again. Gone are those of which a slot was made anew.
 	rowless bool
 	gone    map[int64]bool
+	// confirmed is what the slot had confirmed when the last replay was begun.
+	confirmed event.LSN
 
 	acceptGap bool
 	// unsure says that it cannot be known exactly which events the stream has removed that no tick has recorded. They may come again.
@@ -268,8 +270,8 @@ func (w *world) advance() bool {
 		switch {
 		case s.slotHolds:
 		case s.reset:
-			w.record.Reset, w.record.MadeBecause = true, becauseForgotten
-			w.renewed = w.renewed || len(w.stream) == 0
+			w.record.Reset, w.record.MadeBecause = true, s.because
+			w.renewed = w.renewed || s.because == becauseRenewed
 		case w.record.Done:
 			w.record.Made, w.record.Done = false, false
 		default:
@@ -325,6 +327,7 @@ func (w *world) advance() bool {
 		}
 		w.unsure = true
 	case actReplay:
+		w.confirmed = w.slot.ConfirmedFlush
 		w.unsure = w.unsure || f.tail.Removed > 0
 		r := &w.replays[len(w.replays)-1]
 		r.State, r.Epoch, r.Through, r.Held, r.Destination = sql.ReplayRunning, s.epoch.Number, s.skip.Through, s.last.Sequence, "x"
@@ -670,6 +673,11 @@ func TestDecisions(t *testing.T) {
 			"set up":                       func(*rapid.T) { w.follow() },
 			"drop the trailing slot":       func(*rapid.T) { w.follows = false },
 			"invalidate the trailing slot": func(*rapid.T) { w.trail.WALStatus = "lost" },
+			"fail over to a slot that has not gone back": func(*rapid.T) {
+				if r := w.replayed(); r != nil && r.State == sql.ReplayRunning && !r.Void && w.exists && w.record.Made {
+					w.slot.ConfirmedFlush, w.session = max(w.slot.ConfirmedFlush, w.confirmed), nil
+				}
+			},
 			"ask for a replay": func(t *rapid.T) {
 				if n := len(w.replays); n > 0 && w.replays[n-1].Active() || len(w.transactions) == 0 {
 					return

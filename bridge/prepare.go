@@ -62,7 +62,7 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 	case actRewind:
 		l.Logger.Warn("the stream has forgotten what it acknowledged; delivering it again", "because", s.why, "from_slot", s.slotHolds,
 			"from_trailing_slot", s.reset)
-		return sql.Rewind(ctx, l.db, l.record, s.tick, s.slotHolds, s.reset, becauseForgotten)
+		return sql.Rewind(ctx, l.db, l.record, s.tick, s.slotHolds, s.reset, s.because)
 	case actReset:
 		l.Logger.Warn("the slot is to be made anew from the trailing one", "slot", l.Slot, "because", s.why)
 		return sql.BeginReset(ctx, l.db, l.record, s.why)
