@@ -295,3 +295,52 @@ func TestPromotionDuringReplay(t *testing.T) {
 	sameOrder(t, got, slices.Concat(p.rows()[:15], p.rows()[10:15], p.rows()[15:]))
 	positions(t, messages)
 }
+
+// Over HTTP, whose sink knows nothing after a restart: a replay that is killed in the middle goes on, and one that is cancelled is left out.
+func TestReplayWithoutMemoryKilled(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, pgtest.New(t))
+	s := newTestSink()
+	r := f.runWith(f.trailing(f.config(s)))
+	f.put(5)
+	f.put(5)
+	s.await(t, 10)
+	f.settle()
+	r.stop()
+	from := s.all()[5].Position.Commit
+	for _, where := range []string{"replay", "dropped for a copy", "copied", "failover set", "stream"} {
+		f.requestReplay(from)
+		r = f.runWith(killedAt(f.trailingAgain(f.config(s)), where))
+		pgtest.Eventually(t, patience, func() (bool, string) { return r.role() == bridge.RoleLeader, "it does not lead" })
+		r.stop()
+		if _, ok, err := sql.CancelReplay(t.Context(), f.db.Connect(t), f.slot); err != nil || !ok {
+			t.Fatal(ok, err)
+		}
+		f.put(1)
+		after := newTestSink()
+		r = f.runWith(f.trailingAgain(f.config(after)))
+		after.await(t, 1)
+		f.awaitBacklog(0)
+		f.settle()
+		r.stop()
+		sameOrder(t, ids(t, after.all()), f.rows()[len(f.rows())-1:])
+	}
+
+	id := f.requestReplay(from)
+	first := newTestSink()
+	r = f.runWith(killedAt(f.trailingAgain(f.config(first)), "stream"))
+	f.awaitReplay(id, sql.ReplayRunning)
+	r.stop()
+	f.put(1)
+	second := newTestSink()
+	r = f.runWith(f.trailingAgain(f.config(second)))
+	f.awaitReplay(id, sql.ReplayDone)
+	r.stop()
+	sameOrder(t, ids(t, second.all()), f.rows()[5:])
+}
+
+// trailingAgain is a configuration with a trailing slot that is there, or is made by the bridge.
+func (f *fixture) trailingAgain(cfg bridge.Config) bridge.Config {
+	cfg.Trail = bridge.Trail{Window: time.Hour, MaxWAL: 1 << 30}
+	return cfg
+}
