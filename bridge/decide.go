@@ -112,6 +112,8 @@ const (
 	actMake                   // make the slot anew
 	actReset                  // have the slot dropped and copied from the trailing one
 	actCopy                   // do that
+	actAbandon                // leave the slot as it is, which was to be reset
+	actVoid                   // take back what the destination held when a replay was begun
 	actReplay                 // begin the epoch of a replay
 	actRefuse                 // say that a replay cannot be
 	actRecover                // deliver the rows from before the slot
@@ -128,8 +130,11 @@ type step struct {
 	// tick is the last one that is kept; slotHolds says that the slot has all that came behind it.
 	tick      int64
 	slotHolds bool
-	// reset says that the trailing slot has it.
-	reset bool
+	// reset says that the trailing slot has it, and because is why it is needed.
+	reset   bool
+	because string
+	// replay is one that has failed, or that is to be void.
+	replay int64
 	// epoch is that of a replay.
 	epoch event.Epoch
 	skip  decode.Skip
@@ -143,7 +148,7 @@ func halt(err error) step { return step{action: actHalt, err: err} }
 // decide says what a bridge that has taken the lead does next. It is asked again after every step until it says to stream.
 func decide(f *facts) step {
 	for _, rule := range []func(*facts) (step, bool){
-		whoseStream, whichHistory, whatIsForgotten, whatIsForeign, whatIsReset, whichSlot, whatIsLost,
+		whoseStream, whichHistory, whatIsVoid, isResetNeedless, whatIsForgotten, whatIsForeign, whatIsReset, whichSlot, whatIsLost,
 	} {
 		if s, ok := rule(f); ok {
 			return s
@@ -151,6 +156,9 @@ func decide(f *facts) step {
 	}
 	if !f.record.Done {
 		return step{action: actRecover}
+	}
+	if s, ok := isReplayMissed(f); ok {
+		return s
 	}
 	if f.requested != nil {
 		return f.replay()
@@ -338,22 +346,41 @@ func whatIsForgotten(f *facts) (step, bool) {
 	what := fmt.Sprintf("it ends at sequence %d, position %s, and had acknowledged sequence %d, position %s, so that %d messages are forgotten",
 		f.tail.Holds, f.tail.Position, f.tick.StreamSeq, f.tick.Position, forgotten)
 	s := step{action: actRewind, why: what, tick: f.held.ID}
-	s.slotHolds = f.record.Done && f.usable() && f.holds && f.slot.ConfirmedFlush <= f.held.LSN
+	s.slotHolds = f.record.Done && !f.record.Reset && f.usable() && f.holds && f.slot.ConfirmedFlush <= f.held.LSN
 	// Of a stream that is new, what the trailing slot has is as much as there is.
 	s.reset = !s.slotHolds && f.trails() && (f.trailReaches() || f.tail.Last == 0 && (!f.reach || f.rowless))
+	s.because = becauseForgotten
 	if s.reset && !f.trailReaches() {
+		s.because = becauseRenewed
 		s.why += fmt.Sprintf("; the trailing slot begins at %s, and what was delivered before that is not delivered again", f.trail.ConfirmedFlush)
 	}
-	if !s.slotHolds && !s.reset && f.rowless && !f.acceptGap {
-		return halt(fmt.Errorf("%w: %s, and there may have been events among them that nothing but the slot could give again, as the rows of own tables are "+
-			"marked, deleted or not told apart once they are delivered. Restore the stream from a backup; or go on without them by starting once with "+
-			"ebb run --accept-gap", ErrGap, what)), true
+	if s.slotHolds || s.reset {
+		return s, true
 	}
-	if !s.slotHolds && !s.reset && !f.reach && !f.acceptGap {
-		return halt(fmt.Errorf("%w: %s, and rows that were among them have been removed from the buffer since. Restore the stream from a backup; or go "+
-			"on with what the buffer still has, and without the rest, by starting once with ebb run --accept-gap", ErrGap, what)), true
+	if err := f.gap(what); err != nil {
+		return halt(err), true
 	}
 	return s, true
+}
+
+// Why a slot is reset for a stream: one that holds what a tick has recorded, or one that is new, which gets what the trailing slot has.
+const (
+	becauseForgotten = "the stream had forgotten what it acknowledged"
+	becauseRenewed   = "the stream had forgotten all that it acknowledged"
+)
+
+// gap is the error, if any, of filling in a stream that has forgotten something from rows of the buffer alone.
+func (f *facts) gap(what string) error {
+	if f.rowless && !f.acceptGap {
+		return fmt.Errorf("%w: %s, and there may have been events among them that nothing but the slot could give again, as the rows of own tables are "+
+			"marked, deleted or not told apart once they are delivered. Restore the stream from a backup; or go on without them by starting once with "+
+			"ebb run --accept-gap", ErrGap, what)
+	}
+	if !f.reach && !f.acceptGap {
+		return fmt.Errorf("%w: %s, and rows that were among them have been removed from the buffer since. Restore the stream from a backup; or go "+
+			"on with what the buffer still has, and without the rest, by starting once with ebb run --accept-gap", ErrGap, what)
+	}
+	return nil
 }
 
 // whatIsForeign finds out whether the destination was given something else than what was delivered.
@@ -383,21 +410,100 @@ func (f *facts) trails() bool {
 		f.trail.ConfirmedFlush >= f.record.ConsistentPoint && sql.SamePublication(f.record.Publication, f.publication)
 }
 
-// trailReaches reports whether the destination still holds everything that stands before the trailing slot.
-func (f *facts) trailReaches() bool {
-	return f.holds && f.trail.ConfirmedFlush <= f.held.LSN ||
-		f.record.TrailDestination == f.destination && f.tail.Holds >= f.record.TrailSeq && f.record.TrailSeq > 0
+// trailReaches reports whether the destination still holds everything that stands before the trailing slot, which it has forgotten something of.
+func (f *facts) trailReaches() bool { return f.holds && f.trail.ConfirmedFlush <= f.held.LSN || f.trailIsHeld() }
+
+// trailIsHeld reports whether it is recorded that the destination was given everything that stands before the trailing slot, and holds it.
+func (f *facts) trailIsHeld() bool {
+	r := &f.record
+	return r.TrailDestination == f.destination && f.trail.ConfirmedFlush <= r.TrailLSN && (!f.remembers || f.tail.Holds >= r.TrailSeq)
 }
 
 // whatIsReset has a slot copied from the trailing one, if that has been begun.
 func whatIsReset(f *facts) (step, bool) {
-	switch {
-	case !f.record.Reset:
+	if !f.record.Reset {
 		return step{}, false
-	case f.trails():
+	}
+	if f.trails() && f.trail.ConfirmedFlush <= f.resetTo() {
 		return step{action: actCopy, why: f.record.MadeBecause}, true
 	}
-	return step{action: actMake, why: "the trailing slot, from which it was to be copied, is lost"}, true
+	const lost = "the trailing slot, from which it was to be copied, is lost"
+	switch {
+	case f.isResetForReplay() && f.usable():
+		return step{action: actAbandon, why: lost, replay: f.replayed.ID}, true
+	case f.usable() && f.slot.ConfirmedFlush <= f.newest.LSN: // it was copied
+		return step{action: actAbandon, why: lost}, true
+	case f.record.Done && (f.record.MadeBecause == becauseForgotten || f.record.MadeBecause == becauseRenewed):
+		if err := f.gap(lost); err != nil {
+			return halt(err), true
+		}
+	case f.record.Done && !f.reach && !f.acceptGap:
+		return halt(f.lostSlot(lost)), true
+	}
+	return step{action: actMake, why: lost}, true
+}
+
+// isResetForReplay reports whether the slot is to be reset for a replay.
+func (f *facts) isResetForReplay() bool {
+	return f.replayed != nil && f.record.MadeBecause == sql.BecauseOfReplay(f.replayed.ID)
+}
+
+// resetTo returns how far the trailing slot may have come for the slot to be copied from it. It may be another one than when that was decided.
+func (f *facts) resetTo() event.LSN {
+	switch {
+	case f.isResetForReplay():
+		return f.replayed.From
+	case f.record.MadeBecause == becauseRenewed, f.trailIsHeld():
+		return math.MaxUint64
+	}
+	return f.newest.LSN
+}
+
+// isResetNeedless finds out whether the slot stands further back than the trailing one, as it may after a crash of the server, which writes
+// neither position to disk at once.
+func isResetNeedless(f *facts) (step, bool) {
+	if !f.record.Reset || !f.usable() || !f.trails() || f.slot.ConfirmedFlush >= f.trail.ConfirmedFlush {
+		return step{}, false
+	}
+	return step{action: actAbandon, why: fmt.Sprintf("it stands at %s, and the trailing one at %s", f.slot.ConfirmedFlush, f.trail.ConfirmedFlush)}, true
+}
+
+// leftOff returns the replay that was begun last, if the destination still holds all that it held then.
+func (f *facts) leftOff() *sql.Replay {
+	if r := f.replayed; r != nil && !r.Void && r.Destination == f.destination {
+		return r
+	}
+	return nil
+}
+
+// heldSeq is the sequence number at which the destination held everything when the last replay was begun, or 0.
+func (f *facts) heldSeq() uint64 {
+	if r := f.leftOff(); r != nil {
+		return r.Held
+	}
+	return 0
+}
+
+// whatIsVoid takes note that the destination has forgotten what it held when the last replay was begun: that is then not left out.
+func whatIsVoid(f *facts) (step, bool) {
+	if r := f.leftOff(); r != nil && f.remembers && f.tail.Holds < r.Held {
+		return step{action: actVoid, replay: r.ID}, true
+	}
+	return step{}, false
+}
+
+// isReplayMissed finds out whether the slot has passed the place of a replay that is running, as that of a standby has which was promoted: a server
+// does not synchronize a slot backwards. What is confirmed moves with ticks, and the first one ends the replay.
+func isReplayMissed(f *facts) (step, bool) {
+	r := f.replayed
+	if r == nil || r.State != sql.ReplayRunning || !f.remembers || f.ticked && f.tick.Epoch >= r.Epoch || f.slot.ConfirmedFlush <= r.From {
+		return step{}, false
+	}
+	if f.trails() && f.trail.ConfirmedFlush <= r.From {
+		return step{action: actReset, why: sql.BecauseOfReplay(r.ID)}, true
+	}
+	return step{action: actAbandon, replay: r.ID, why: fmt.Sprintf("the slot has passed %s and stands at %s, and no trailing slot reaches there", r.From,
+		f.slot.ConfirmedFlush)}, true
 }
 
 // replay begins a replay, for which the slot is to be reset.
@@ -410,7 +516,15 @@ func (f *facts) replay() step {
 		return step{action: actRefuse, why: fmt.Sprintf("the trailing slot has passed %s and begins at %s now", r.From, f.trail.ConfirmedFlush)}
 	}
 	number := max(f.record.Epochs.Last(), f.tail.Position.Epoch) + 1
-	return step{action: actReplay, epoch: event.Epoch{Number: number, From: r.From, Replay: true}, last: f.stream().last}
+	s := f.stream()
+	if s.action == actHalt {
+		return s
+	}
+	if f.remembers && f.tail.Exclusive {
+		s.last.Sequence = f.tail.Holds
+	}
+	s.action, s.epoch = actReplay, event.Epoch{Number: number, From: r.From, Replay: true}
+	return s
 }
 
 // whichSlot has a slot made that is missing, cannot be read any more, or has passed over rows.
@@ -444,15 +558,18 @@ func whichSlot(f *facts) (step, bool) {
 		return step{}, false
 	}
 	late := f.doubt == miscounted && f.acceptGap // and so not in the places that they have in the slot
-	// The slot itself had confirmed everything before the trailing one, which was delivered so.
-	if !late && f.trails() {
+	if !late && f.trails() && (f.trail.ConfirmedFlush <= f.newest.LSN || f.trailIsHeld()) {
 		return step{action: actReset, why: why}, true
 	}
 	if !f.reach && f.record.Done && !f.acceptGap {
-		return halt(fmt.Errorf("%w: slot %q is lost (%s), and rows that are not recorded as delivered have been removed from the buffer. To go on "+
-			"without them, start once with ebb run --accept-gap", ErrGap, f.record.Name, why)), true
+		return halt(f.lostSlot(why)), true
 	}
 	return step{action: actMake, why: why}, true
+}
+
+func (f *facts) lostSlot(why string) error {
+	return fmt.Errorf("%w: slot %q is lost (%s), and rows that are not recorded as delivered have been removed from the buffer. To go on "+
+		"without them, start once with ebb run --accept-gap", ErrGap, f.record.Name, why)
 }
 
 // whatIsLost keeps a copy of the database, which has no slot, from delivering into the stream of the one that it was copied from.
@@ -495,30 +612,37 @@ func (f *facts) stream() step {
 		s.skip.Through, s.skip.ID = f.tick.Position, ""
 		s.last = sink.Progress{Position: f.tick.Position, Sequence: f.tick.StreamSeq}
 	}
-	cancelled := f.replayed != nil && f.replayed.State == sql.ReplayCancelled
-	if cancelled {
-		// What was not delivered again by then is not to be.
-		end := event.Position{Epoch: f.replayed.Epoch, Commit: f.replayed.Through.Commit, Index: f.replayed.Through.Index}
-		if s.skip.Through.Compare(end) < 0 {
+	if f.remembers && !f.tail.Exclusive {
+		// What stands behind the newest tick is known by its id alone: an event may be missing before another one.
+		s.skip = decode.Skip{Through: f.tick.Position}
+		s.last = sink.Progress{Position: f.tick.Position, Sequence: f.tick.StreamSeq}
+	}
+	if r := f.leftOff(); r != nil {
+		if s.skip.Through.Compare(r.Through) < 0 {
+			// What came behind the tick by then has been removed, or left out.
+			s.skip = decode.Skip{Through: r.Through}
+			if s.last.Sequence < r.Held {
+				s.last = sink.Progress{Position: r.Through, Sequence: r.Held}
+			}
+		}
+		end := event.Position{Epoch: r.Epoch, Commit: r.Through.Commit, Index: r.Through.Index}
+		if r.IsCutShort() && r.From <= end.Commit && s.skip.Through.Compare(end) < 0 {
+			// What was not delivered again by then is not to be. If it began behind the end, nothing was.
 			s.skip = decode.Skip{Through: end}
 			return s
 		}
 	}
-	if !f.remembers {
+	if !f.remembers || !f.tail.Exclusive {
 		return s
 	}
-	if !f.tail.Exclusive {
-		// What stands behind the newest tick is known by its id alone: an event may be missing before another one.
-		s.skip = decode.Skip{Through: f.tick.Position}
-		s.last = sink.Progress{Position: f.tick.Position, Sequence: f.tick.StreamSeq}
-		return s
-	}
-	if f.ticked {
+	// What was removed may be of before a replay and of it, and then its number does not tell which events it was.
+	mixed := f.replayed != nil && f.leftOff() == nil && f.tick.Epoch < f.replayed.Epoch
+	if f.ticked && !mixed {
 		s.skip.More = f.tail.Removed
 	}
 	commit := s.skip.Through.Commit
 	s.skip.Comes = commit > 0 && commit >= f.slot.ConfirmedFlush && f.record.Epochs.At(commit) == s.skip.Through.Epoch
-	if f.counted() && !cancelled {
+	if f.counted() {
 		s.skip.Counted, s.skip.Since, s.skip.Count = true, f.tick.Position, f.eventsSinceTick()
 	}
 	return s

@@ -34,6 +34,13 @@ type world struct {
 	record   sql.SlotRecord
 	snapshot int // transactions that the slot does not hold
 	start    event.LSN
+	// trail is the trailing slot, and trailOnDisk what it confirms after a crash of the server.
+	trail       replication.Slot
+	follows     bool
+	trailOnDisk event.LSN
+	// replays are those that were ever asked for; began is how many transactions there were when they began.
+	replays  []sql.Replay
+	began    []int
 	ticks    []worldTick
 	lastTick int64
 
@@ -41,10 +48,19 @@ type world struct {
 	expired,
 	forgotten map[int64]bool // that the stream has deleted by its limits, or forgotten, at least once
 
+	// rowless says that every third event has no row that would give it again. Gone are those of which a slot was made anew.
+	rowless bool
+	gone    map[int64]bool
+	// confirmed is what the slot had confirmed when the last replay was begun.
+	confirmed event.LSN
+
 	acceptGap bool
-	doubt     doubt
-	session   *session
-	calm      bool // nothing is killed any more
+	// unsure says that it cannot be known exactly which events the stream has removed that no tick has recorded. They may come again.
+	unsure  bool
+	renewed bool // the stream was deleted, and gets what the trailing slot has
+	doubt   doubt
+	session *session
+	calm    bool // nothing is killed any more
 }
 
 // killed draws whether the bridge is killed at a place.
@@ -81,14 +97,21 @@ type session struct {
 	tick   *worldTick
 }
 
+const publicationMark = "1/1"
+
 func commitAt(tx int) event.LSN { return event.LSN(100*tx + 110) }
 func endAt(tx int) event.LSN    { return event.LSN(100*tx + 150) }
+
+// at is the position of a row of a transaction.
+func (w *world) at(tx, row int) event.Position {
+	return event.Position{Epoch: w.record.Epochs.At(commitAt(tx)), Commit: commitAt(tx), Index: uint64(row + 1)}
+}
 
 func (w *world) now() event.LSN { return event.LSN(100*len(w.transactions) + 100) }
 
 func newWorld(t *rapid.T) *world {
-	return &world{t: t, removed: map[int64]bool{}, expired: map[int64]bool{}, forgotten: map[int64]bool{}, nextID: 1,
-		record: sql.SlotRecord{Name: "s", SystemIdentifier: "1", Timeline: 1, Epochs: event.Epochs{{Number: 1}}, Buffer: "b"}}
+	return &world{t: t, rowless: rapid.Bool().Draw(t, "rowless"), gone: map[int64]bool{}, removed: map[int64]bool{}, expired: map[int64]bool{}, forgotten: map[int64]bool{}, nextID: 1,
+		record: sql.SlotRecord{Name: "s", SystemIdentifier: "1", Timeline: 1, Epochs: event.Epochs{{Number: 1}}, Buffer: "b", Publication: publicationMark}}
 }
 
 func (w *world) commit(rows int) {
@@ -124,6 +147,9 @@ func (w *world) tail() sink.Tail {
 	var known uint64
 	if tick, ok := w.newest(); ok {
 		known = tick.StreamSeq
+	}
+	if r := w.replayed(); r != nil && !r.Void {
+		known = max(known, r.Held)
 	}
 	if !w.record.Done && w.record.Destination != "" {
 		known = max(known, w.record.RecoveredSeq)
@@ -172,10 +198,15 @@ func (w *world) newest() (worldTick, bool) {
 
 func (w *world) facts() *facts {
 	f := &facts{destination: "x", source: w.source(), acceptGap: w.acceptGap, doubt: w.doubt,
-		system: replication.System{ID: "1", Timeline: 1, Database: "d"}, flushed: w.now(), record: w.record, slot: w.slot, exists: w.exists,
-		remembers: true, tail: w.tail()}
+		publication: publicationMark, system: replication.System{ID: "1", Timeline: 1, Database: "d"}, flushed: w.now(), record: w.record, slot: w.slot, exists: w.exists,
+		remembers: true, tail: w.tail(), rowless: w.rowless}
 	if tick, ok := w.newest(); ok {
 		f.newest, f.tick, f.ticked, f.delivered = tick.Tick, tick.Tick, true, true
+	}
+	f.trail, f.follows = w.trail, w.follows
+	f.replayed = w.replayed()
+	if n := len(w.replays); n > 0 && w.replays[n-1].State == sql.ReplayRequested {
+		f.requested = &w.replays[n-1]
 	}
 	f.reach = w.removedTo <= w.seenBy(f.newest.ID)
 	if f.forgot() {
@@ -188,6 +219,27 @@ func (w *world) facts() *facts {
 		f.reach = w.removedTo <= w.seenBy(f.held.ID)
 	}
 	return f
+}
+
+func (w *world) hasNoRow(id int64) bool { return w.rowless && id%3 == 0 }
+
+// replayed returns a copy of the replay that was begun last, or nil.
+func (w *world) replayed() *sql.Replay {
+	for _, r := range slices.Backward(w.replays) {
+		if r.Epoch != 0 {
+			return &r
+		}
+	}
+	return nil
+}
+
+// endReplay ends the one that has not ended.
+func (w *world) endReplay(state sql.ReplayState) {
+	for i := range w.replays {
+		if w.replays[i].Active() {
+			w.replays[i].State = state
+		}
+	}
 }
 
 // seenBy returns how many transactions the snapshot of a tick sees.
@@ -209,7 +261,7 @@ func (w *world) advance() bool {
 	s := decide(f)
 	switch s.action {
 	case actHalt:
-		if !errors.Is(s.err, ErrGap) || w.removedTo == 0 {
+		if !errors.Is(s.err, ErrGap) || w.removedTo == 0 && !w.rowless {
 			w.t.Fatalf("halts with %v", s.err)
 		}
 		w.acceptGap = true
@@ -217,6 +269,9 @@ func (w *world) advance() bool {
 		w.ticks = slices.DeleteFunc(w.ticks, func(t worldTick) bool { return t.ID > s.tick })
 		switch {
 		case s.slotHolds:
+		case s.reset:
+			w.record.Reset, w.record.MadeBecause = true, s.because
+			w.renewed = w.renewed || s.because == becauseRenewed
 		case w.record.Done:
 			w.record.Made, w.record.Done = false, false
 		default:
@@ -225,7 +280,16 @@ func (w *world) advance() bool {
 		w.record.RecoveredID, w.record.RecoveredSeq = 0, 0
 	case actMake:
 		w.doubt = noDoubt
-		w.record.Made, w.record.Done, w.exists = false, false, false
+		for _, ids := range w.transactions {
+			for _, id := range ids {
+				w.gone[id] = w.gone[id] || w.hasNoRow(id)
+			}
+		}
+		if r := w.replayed(); r != nil && r.State == sql.ReplayRunning {
+			w.endReplay(sql.ReplayFailed)
+			w.unsure = true
+		}
+		w.record.Made, w.record.Done, w.exists, w.record.Reset = false, false, false, false
 		if w.killed("while the slot is made", 4) {
 			return false
 		}
@@ -237,7 +301,41 @@ func (w *world) advance() bool {
 		}
 		w.record.Made, w.record.RecoveredID, w.record.RecoveredSeq, w.record.Destination = true, 0, 0, ""
 		tick, _ := w.newest()
-		w.record.RecoveredAfter = tick.ID
+		w.record.RecoveredAfter, w.record.ConsistentPoint = tick.ID, w.start
+	case actReset:
+		w.record.Reset, w.record.MadeBecause = true, s.why
+	case actCopy:
+		w.exists = false
+		if w.killed("before the copy", 4) {
+			return false
+		}
+		w.exists, w.slot, w.onDisk = true, replication.Slot{Plugin: replication.Plugin, ConfirmedFlush: w.trail.ConfirmedFlush}, w.trail.ConfirmedFlush
+		w.doubt = noDoubt
+		if w.killed("before the end of the reset", 4) {
+			return false
+		}
+		w.record.Reset = false
+	case actAbandon:
+		if s.replay != 0 {
+			w.endReplay(sql.ReplayFailed)
+			w.unsure = true
+		}
+		w.record.Reset = false
+	case actVoid:
+		for i := range w.replays {
+			w.replays[i].Void = true
+		}
+		w.unsure = true
+	case actReplay:
+		w.confirmed = w.slot.ConfirmedFlush
+		w.unsure = w.unsure || f.tail.Removed > 0
+		r := &w.replays[len(w.replays)-1]
+		r.State, r.Epoch, r.Through, r.Held, r.Destination = sql.ReplayRunning, s.epoch.Number, s.skip.Through, s.last.Sequence, "x"
+		w.record.Epochs = append(slices.Clone(w.record.Epochs), s.epoch)
+		w.record.Reset, w.record.MadeBecause = true, fmt.Sprint("replay ", r.ID)
+		w.began = append(w.began, len(w.transactions))
+	case actRefuse:
+		w.endReplay(sql.ReplayFailed)
 	case actRecover:
 		w.recover(f)
 	case actStream:
@@ -266,7 +364,7 @@ func (w *world) recover(f *facts) {
 	var rows []int64
 	for tx := w.seenBy(w.record.RecoveredAfter); tx < w.snapshot; tx++ {
 		for _, id := range w.transactions[tx] {
-			if id > w.record.RecoveredID && !w.removed[id] {
+			if id > w.record.RecoveredID && !w.removed[id] && !w.hasNoRow(id) {
 				rows = append(rows, id)
 			}
 		}
@@ -275,7 +373,7 @@ func (w *world) recover(f *facts) {
 	position := f.recoveredAt(f.lastPosition())
 	if len(rows) == 0 {
 		w.record.Done = true
-		w.store(worldTick{Tick: sql.Tick{LSN: w.start, Position: position, StreamSeq: max(w.record.RecoveredSeq, f.tail.Last)},
+		w.store(worldTick{Tick: sql.Tick{LSN: w.start, Position: f.lastPosition(), StreamSeq: max(w.record.RecoveredSeq, f.tail.Last)},
 			sees: w.snapshot})
 		return
 	}
@@ -291,9 +389,18 @@ func (w *world) recover(f *facts) {
 	w.record.RecoveredID, w.record.RecoveredSeq = rows[len(rows)-1], uint64(len(w.stream))
 }
 
+// follow makes the trailing slot, as setup does at any time.
+func (w *world) follow() {
+	switch {
+	case !w.exists, w.slot.Lost(), !w.record.Made:
+	case !w.follows, w.trail.Lost(), w.trail.ConfirmedFlush < w.record.ConsistentPoint:
+		w.trail, w.follows, w.trailOnDisk = replication.Slot{Plugin: replication.Plugin, ConfirmedFlush: w.slot.ConfirmedFlush}, true, w.slot.ConfirmedFlush
+	}
+}
+
 func (w *world) store(t worldTick) {
 	w.lastTick++
-	t.ID, t.Epoch = w.lastTick, 1
+	t.ID, t.Epoch = w.lastTick, w.record.Epochs.Last()
 	w.ticks = append(w.ticks, t)
 }
 
@@ -314,7 +421,7 @@ func (b *session) read(w *world, n int) {
 	var skipped uint64
 	for ; n > 0 && b.tx < len(w.transactions); n-- {
 		rows := w.transactions[b.tx]
-		m := worldMessage{id: rows[b.row], position: event.Position{Epoch: 1, Commit: commitAt(b.tx), Index: uint64(b.row + 1)}}
+		m := worldMessage{id: rows[b.row], position: w.at(b.tx, b.row)}
 		through := m.position.Compare(b.skip.Through)
 		if m.position.Compare(b.skip.Since) > 0 && through <= 0 {
 			b.counted++
@@ -392,6 +499,9 @@ func (b *session) storeTick(w *world) {
 	}
 	b.tick.Position, b.tick.StreamSeq = now.last.Position, now.last.Sequence
 	w.store(*b.tick)
+	if n := len(w.replays); n > 0 && w.replays[n-1].State == sql.ReplayRunning {
+		w.replays[n-1].State = sql.ReplayDone
+	}
 	b.tracker.cover(b.tick.LSN)
 	b.tick = nil
 }
@@ -423,22 +533,29 @@ func (b *session) idle(w *world) bool {
 }
 
 func (w *world) check() {
-	seen, streamed := map[int64]bool{}, map[int64]bool{}
+	type delivery struct {
+		id    int64
+		epoch uint32
+	}
+	seen, streamed, epochs := map[int64]bool{}, map[delivery]bool{}, map[int64]uint32{}
 	var last event.Position
 	for i, m := range w.stream {
 		if m.origin == event.Streamed && m.id != 0 {
-			if streamed[m.id] {
+			if streamed[delivery{m.id, m.position.Epoch}] && !w.unsure {
 				w.t.Fatalf("event %d, which the stream has removed, is streamed again at %d: %v", m.id, i+1, w.stream)
 			}
-			streamed[m.id] = true
+			streamed[delivery{m.id, m.position.Epoch}] = true
 		}
 		if m.deleted || m.id == 0 {
 			continue
 		}
-		if seen[m.id] {
+		if seen[m.id] && m.position.Epoch == epochs[m.id] {
 			w.t.Fatalf("event %d is in the stream again at %d: %v", m.id, i+1, w.stream)
 		}
-		seen[m.id] = true
+		if seen[m.id] && !w.isReplayed(m.id, m.position.Epoch) {
+			w.t.Fatalf("event %d is in the stream again at %d, which no replay is of: %v", m.id, i+1, w.stream)
+		}
+		seen[m.id], epochs[m.id] = true, m.position.Epoch
 		if c := m.position.Compare(last); c < 0 || c == 0 && m.origin == event.Streamed {
 			w.t.Fatalf("message %d is at %s after %s", i+1, m.position, last)
 		}
@@ -449,6 +566,35 @@ func (w *world) check() {
 		now := w.session.tracker.snapshot()
 		if now.flush > now.write {
 			w.t.Fatalf("flush %s is behind write %s", now.flush, now.write)
+		}
+	}
+}
+
+// isReplayed reports whether the events of a row were to be delivered again in an epoch.
+func (w *world) isReplayed(id int64, epoch uint32) bool {
+	tx := slices.IndexFunc(w.transactions, func(ids []int64) bool { return slices.Contains(ids, id) })
+	return slices.ContainsFunc(w.replays, func(r sql.Replay) bool { return r.Epoch != 0 && r.Epoch <= epoch && r.From <= commitAt(tx) })
+}
+
+// checkReplays checks that what is said to be delivered again is, unless the stream has forgotten it since.
+func (w *world) checkReplays() {
+	begun := 0
+	for _, r := range w.replays {
+		if r.Epoch == 0 {
+			continue
+		}
+		if begun++; r.State != sql.ReplayDone {
+			continue
+		}
+		for tx := range w.began[begun-1] {
+			for _, id := range w.transactions[tx] {
+				if commitAt(tx) < r.From || w.forgotten[id] {
+					continue
+				}
+				if !slices.ContainsFunc(w.stream, func(m worldMessage) bool { return m.id == id && m.position.Epoch >= r.Epoch }) {
+					w.t.Fatalf("replay %d is done, and event %d was not delivered again: %v", r.ID, id, w.stream)
+				}
+			}
 		}
 	}
 }
@@ -484,13 +630,14 @@ func TestDecisions(t *testing.T) {
 			"begin tick": streaming(func(b *session) { b.beginTick(w) }),
 			"store tick": streaming(func(b *session) { b.storeTick(w) }),
 			"confirm":    streaming(func(b *session) { b.confirm(w) }),
-			"checkpoint": func(*rapid.T) { w.onDisk = w.slot.ConfirmedFlush },
+			"checkpoint": func(*rapid.T) { w.onDisk, w.trailOnDisk = w.slot.ConfirmedFlush, w.trail.ConfirmedFlush },
 			"kill the bridge": func(*rapid.T) {
 				w.session = nil
 			},
 			"crash Postgres": func(*rapid.T) {
 				w.session = nil
 				w.slot.ConfirmedFlush = min(w.slot.ConfirmedFlush, w.onDisk)
+				w.trail.ConfirmedFlush = min(w.trail.ConfirmedFlush, w.trailOnDisk)
 			},
 			"forget": func(t *rapid.T) {
 				keep := rapid.IntRange(0, len(w.stream)).Draw(t, "kept")
@@ -510,6 +657,41 @@ func TestDecisions(t *testing.T) {
 			},
 			"drop the slot": func(*rapid.T) {
 				w.exists, w.session = false, nil
+			},
+			"advance the trailing slot": streaming(func(b *session) {
+				if !w.follows || w.trail.Lost() {
+					w.follow()
+					return
+				}
+				if to := event.LSN(rapid.IntRange(0, int(w.slot.ConfirmedFlush)).Draw(t, "to")); to > w.trail.ConfirmedFlush {
+					w.trail.ConfirmedFlush = to
+				}
+				if rapid.Bool().Draw(t, "at once on disk") {
+					w.trailOnDisk = w.trail.ConfirmedFlush
+				}
+			}),
+			"set up":                       func(*rapid.T) { w.follow() },
+			"drop the trailing slot":       func(*rapid.T) { w.follows = false },
+			"invalidate the trailing slot": func(*rapid.T) { w.trail.WALStatus = "lost" },
+			"fail over to a slot that has not gone back": func(*rapid.T) {
+				if r := w.replayed(); r != nil && r.State == sql.ReplayRunning && !r.Void && w.exists && w.record.Made {
+					w.slot.ConfirmedFlush, w.session = max(w.slot.ConfirmedFlush, w.confirmed), nil
+				}
+			},
+			"ask for a replay": func(t *rapid.T) {
+				if n := len(w.replays); n > 0 && w.replays[n-1].Active() || len(w.transactions) == 0 {
+					return
+				}
+				w.replays = append(w.replays, sql.Replay{ID: int64(len(w.replays) + 1), State: sql.ReplayRequested,
+					From: commitAt(rapid.IntRange(0, len(w.transactions)-1).Draw(t, "from"))})
+				w.session = nil
+			},
+			"cancel the replay": func(*rapid.T) {
+				if n := len(w.replays); n > 0 && w.replays[n-1].Active() {
+					w.endReplay(sql.ReplayCancelled)
+					w.unsure = true
+					w.session = nil
+				}
 			},
 			"invalidate the slot": func(*rapid.T) {
 				w.slot.WALStatus, w.session = "lost", nil
@@ -540,13 +722,14 @@ func TestDecisions(t *testing.T) {
 			t.Fatal("it comes to no rest")
 		}
 		w.check()
+		w.checkReplays()
 		inStream := map[int64]bool{}
 		for _, m := range w.stream {
 			inStream[m.id] = inStream[m.id] || !m.deleted
 		}
 		for _, ids := range w.transactions {
 			for _, id := range ids {
-				if !inStream[id] && !w.expired[id] && !(w.forgotten[id] && w.removed[id] && w.acceptGap) {
+				if !inStream[id] && !w.expired[id] && !w.gone[id] && !(w.forgotten[id] && (w.removed[id] && w.acceptGap || w.renewed)) {
 					t.Fatalf("event %d is missing in the stream", id)
 				}
 			}

@@ -62,12 +62,17 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 	case actRewind:
 		l.Logger.Warn("the stream has forgotten what it acknowledged; delivering it again", "because", s.why, "from_slot", s.slotHolds,
 			"from_trailing_slot", s.reset)
-		return sql.Rewind(ctx, l.db, l.record, s.tick, s.slotHolds, s.reset, "the stream had forgotten what it acknowledged")
+		return sql.Rewind(ctx, l.db, l.record, s.tick, s.slotHolds, s.reset, s.because)
 	case actReset:
 		l.Logger.Warn("the slot is to be made anew from the trailing one", "slot", l.Slot, "because", s.why)
 		return sql.BeginReset(ctx, l.db, l.record, s.why)
 	case actCopy:
 		return l.copyTrail(ctx, f, s.why)
+	case actAbandon:
+		l.Logger.Warn("the slot stays as it is, which was to be reset", "slot", l.Slot, "because", s.why)
+		return sql.AbandonReset(ctx, l.db, l.record, s.replay, s.why)
+	case actVoid:
+		return sql.VoidReplay(ctx, l.db, l.record, s.replay)
 	case actReplay:
 		return l.beginReplay(ctx, f, s)
 	case actRefuse:
@@ -80,6 +85,11 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 		l.Logger.Warn("making the slot anew, and delivering from the buffer what it held", "slot", l.Slot, "because", s.why,
 			"times_made", l.record.MadeTimes)
 		l.carried.doubt = noDoubt
+		if r := f.replayed; r != nil && r.State == sql.ReplayRunning {
+			if err := sql.FailReplay(ctx, l.db, r.ID, "the slot was made anew: "+s.why); err != nil {
+				return err
+			}
+		}
 		var err error
 		l.record, err = makeSlot(ctx, l.db, l.conn, &l.Config, l.system, l.record.Term, s.why, l.own.tables)
 		return err
@@ -179,7 +189,7 @@ func (l *leader) lookAtReplays(ctx context.Context, f *facts) error {
 	if ok && last.State == sql.ReplayRequested {
 		f.requested = &last
 	}
-	replayed, ok, err := sql.ReplayOfEpoch(ctx, l.db, f.record)
+	replayed, ok, err := sql.LastBegun(ctx, l.db, l.Slot)
 	if ok {
 		f.replayed = &replayed
 	}
@@ -215,7 +225,7 @@ func (l *leader) lookAtReach(ctx context.Context, f *facts, tick int64) error {
 func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 	var scanner sink.Scanner
 	scanner, f.remembers = l.Sink.(sink.Scanner)
-	known := sink.Known{Source: f.source, Position: f.tick.Position, Sequence: max(f.tick.StreamSeq, l.recoveredSeq(f)), Audit: f.ticked && f.record.Done}
+	known := sink.Known{Source: f.source, Position: f.tick.Position, Sequence: max(f.tick.StreamSeq, f.heldSeq(), l.recoveredSeq(f)), Audit: f.ticked && f.record.Done}
 	var err error
 	if f.tail, err = l.Sink.Resume(ctx, known); err != nil {
 		return &sinkError{err}

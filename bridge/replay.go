@@ -3,6 +3,7 @@ package bridge
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"ebb/replication"
 	"ebb/sql"
@@ -28,6 +29,12 @@ func (l *leader) copyTrail(ctx context.Context, f *facts, why string) error {
 	if err := l.at("copied"); err != nil {
 		return err
 	}
+	// Whoever led before may have been advancing the trailing slot.
+	if slot, err := replication.InspectSlot(ctx, l.db, l.Slot); err != nil {
+		return err
+	} else if slot.ConfirmedFlush != f.trail.ConfirmedFlush {
+		return fmt.Errorf("copy slot %q to %q: it has moved from %s to %s meanwhile", f.trail.Name, l.Slot, f.trail.ConfirmedFlush, slot.ConfirmedFlush)
+	}
 	if err := l.conn.SetFailover(ctx, l.Slot); err != nil {
 		return err
 	}
@@ -43,7 +50,7 @@ func (l *leader) copyTrail(ctx context.Context, f *facts, why string) error {
 func (l *leader) beginReplay(ctx context.Context, f *facts, s step) error {
 	r := f.requested
 	// Where the sink does not tell, what the slot has confirmed is delivered as well.
-	through := s.last.Position
+	through := s.skip.Through
 	if !f.remembers && f.slot.ConfirmedFlush > through.Commit {
 		through.Commit, through.Index = f.slot.ConfirmedFlush, 0
 	}
@@ -51,7 +58,7 @@ func (l *leader) beginReplay(ctx context.Context, f *facts, s step) error {
 	if err := l.at("replay"); err != nil {
 		return err
 	}
-	return sql.BeginReplay(ctx, l.db, l.record, r.ID, s.epoch, through)
+	return sql.BeginReplay(ctx, l.db, l.record, r.ID, s.epoch, through, l.Destination, s.last.Sequence)
 }
 
 // recordReplay stores how far a replay has come. It is done when a tick is: what had been delivered before it began is behind that.

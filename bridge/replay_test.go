@@ -386,7 +386,7 @@ func TestForgetfulBrokerIsRefilledFromTheTrail(t *testing.T) {
 				if _, err := replication.AdvanceSlot(t.Context(), db, replication.TrailOf(f.slot), f.inspect(db).ConfirmedFlush); err != nil {
 					t.Fatal(err)
 				}
-				f.db.Exec(t, "UPDATE ebb.slot SET trail_seq = 200, trail_destination = ''")
+				f.db.Exec(t, "UPDATE ebb.slot SET trail_seq = 200, trail_destination = '', trail_lsn = (SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = name)")
 				restore := backup(t, server)
 				r = f.runWith(cfg())
 				for range 10 {

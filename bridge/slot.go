@@ -81,6 +81,9 @@ func whyMakeSlot(ctx context.Context, db *pgxConn, name string, system replicati
 		return "", 0, err
 	}
 	recorded := err == nil
+	if recorded && record.Reset && record.SystemIdentifier == system.ID {
+		return "", 0, nil // a bridge was about to copy it from the trailing slot, and goes on with that
+	}
 	slot, err := replication.InspectSlot(ctx, db, name)
 	switch {
 	case errors.Is(err, replication.ErrNoSlot) && recorded:

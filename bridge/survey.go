@@ -276,6 +276,9 @@ func (s *section) check() error {
 	if s.from.ID != "" && !s.found {
 		return fmt.Errorf("event %s is %w: what the trailing slot holds has no such event", quoteShort(s.from.ID), ErrOutOfReach)
 	}
+	if s.to.ID != "" && !s.last {
+		return fmt.Errorf("event %s, up to which it is to be, does not come from %s on", quoteShort(s.to.ID), s.from.Text)
+	}
 	return nil
 }
 

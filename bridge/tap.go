@@ -34,7 +34,7 @@ func openTap(ctx context.Context, cfg *Config, db *pgxConn, record sql.SlotRecor
 		return nil, err
 	}
 	// Nothing else is asked in this session while the tap is read.
-	dc.LookUp = func(oids []uint32) (decode.Types, event.LSN, error) { return cfg.typesNow(ctx, db, oids) }
+	dc.LookUp = func(oids []uint32) (decode.Types, event.LSN, error) { return cfg.lookUpIn(ctx, db, oids) }
 	t.decoder = decode.New(dc)
 	if t.until, err = replication.FlushedTo(ctx, db); err != nil {
 		return nil, err

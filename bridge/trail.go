@@ -43,6 +43,9 @@ func EnsureTrail(ctx context.Context, db *pgxConn, cfg Config) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if record.Reset { // the trailing slot is needed as it is, and the slot may not be there
+		return "", nil
+	}
 	if exists {
 		if err := slot.Ours(db.Config().Database); err != nil {
 			return "", err
@@ -159,7 +162,7 @@ func (t *trailing) round(ctx context.Context) (err error) {
 	// What the slot has confirmed is delivered; the other way round, what is delivered by now may be more.
 	here := sql.Passed{LSN: slot.ConfirmedFlush, StreamSeq: t.tracker.snapshot().last.Sequence}
 	if did != "" {
-		return sql.StoreTrail(ctx, db, t.record, t.Destination, here.StreamSeq)
+		return sql.StoreTrail(ctx, db, t.record, t.Destination, here)
 	}
 	now := time.Now()
 	step := min(t.Trail.Window/trailSteps, advanceEvery)
@@ -178,7 +181,7 @@ func (t *trailing) round(ctx context.Context) (err error) {
 		return err
 	}
 	if target.LSN > trail.ConfirmedFlush && target.LSN <= slot.ConfirmedFlush {
-		if err := sql.StoreTrail(ctx, db, t.record, t.Destination, target.StreamSeq); err != nil {
+		if err := sql.StoreTrail(ctx, db, t.record, t.Destination, target); err != nil {
 			return err
 		}
 		if _, err := replication.AdvanceSlot(ctx, db, trail.Name, target.LSN); err != nil {

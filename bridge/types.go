@@ -30,11 +30,11 @@ func (l *leader) lookUp(ctx context.Context, oids []uint32) (decode.Types, event
 	if !shares {
 		return nil, 0, errors.New("the session for reading types is on another server than the leader's lock, or that is lost")
 	}
-	return l.typesNow(ctx, db, oids)
+	return l.lookUpIn(ctx, db, oids)
 }
 
-// typesNow returns what the catalog says now of types, and where the log ended before that.
-func (c *Config) typesNow(ctx context.Context, db *pgxConn, oids []uint32) (decode.Types, event.LSN, error) {
+// lookUpIn does that in a session.
+func (c *Config) lookUpIn(ctx context.Context, db *pgxConn, oids []uint32) (decode.Types, event.LSN, error) {
 	asOf, err := sql.EndOfLog(ctx, db)
 	if err != nil {
 		return nil, 0, err

@@ -46,6 +46,11 @@ type Replay struct {
 	// Epoch is that of the events that are delivered again, and Through the last one of them as it was delivered before; zero until it runs.
 	Epoch   uint32
 	Through event.Position
+	// Destination held everything up to Through, and Held is its sequence number by then, or 0 if it has none. Void says that it has forgotten some
+	// of that since.
+	Destination string
+	Held        uint64
+	Void        bool
 	// Delivered is how many events were delivered since it began, the last of them at Position.
 	Delivered          int64
 	Position           event.Position
@@ -55,6 +60,9 @@ type Replay struct {
 
 // Active reports whether the replay has not ended.
 func (r *Replay) Active() bool { return r.State == ReplayRequested || r.State == ReplayRunning }
+
+// IsCutShort reports whether the replay ended before its end.
+func (r *Replay) IsCutShort() bool { return r.State == ReplayCancelled || r.State == ReplayFailed }
 
 // replayChannel is that of the notifications about replays; the payload is the slot.
 const replayChannel = "ebb_replay"
@@ -120,9 +128,9 @@ func LastReplay(ctx context.Context, db *pgx.Conn, slot string) (Replay, bool, e
 	return replays[0], true, nil
 }
 
-// ReplayOfEpoch returns the replay that began the current epoch of a slot, or false.
-func ReplayOfEpoch(ctx context.Context, db *pgx.Conn, r SlotRecord) (Replay, bool, error) {
-	replays, err := readReplays(ctx, db, "slot = $1 AND epoch = $2 ORDER BY id DESC LIMIT 1", r.Name, int32(r.Epochs.Last()))
+// LastBegun returns the replay of a slot that was begun last, or false. Other epochs may have begun since.
+func LastBegun(ctx context.Context, db *pgx.Conn, slot string) (Replay, bool, error) {
+	replays, err := readReplays(ctx, db, "slot = $1 AND epoch IS NOT NULL ORDER BY id DESC LIMIT 1", slot)
 	if err != nil || len(replays) == 0 {
 		return Replay{}, false, err
 	}
@@ -142,7 +150,7 @@ func ReplayRate(ctx context.Context, db *pgx.Conn, slot string) (float64, error)
 
 func readReplays(ctx context.Context, db *pgx.Conn, which string, args ...any) ([]Replay, error) {
 	rows, err := db.Query(ctx, `SELECT id, slot, from_lsn::text, place, coalesce(events, 0), requested_by, requested_at, state, coalesce(epoch, 0),
-		coalesce(through, ''), delivered, coalesce(position, ''), started_at, ended_at, coalesce(detail, '') FROM ebb.replay WHERE `+which, args...)
+		coalesce(through, ''), coalesce(destination, ''), coalesce(held_seq, 0), void, delivered, coalesce(position, ''), started_at, ended_at, coalesce(detail, '') FROM ebb.replay WHERE `+which, args...)
 	if err != nil {
 		return nil, fmt.Errorf("read replays: %w", withHint(err))
 	}
@@ -150,12 +158,13 @@ func readReplays(ctx context.Context, db *pgx.Conn, which string, args ...any) (
 		var r Replay
 		var from, through, position string
 		var epoch int32
-		err := row.Scan(&r.ID, &r.Slot, &from, &r.Place, &r.Events, &r.RequestedBy, &r.RequestedAt, &r.State, &epoch, &through, &r.Delivered, &position,
+		var held int64
+		err := row.Scan(&r.ID, &r.Slot, &from, &r.Place, &r.Events, &r.RequestedBy, &r.RequestedAt, &r.State, &epoch, &through, &r.Destination, &held, &r.Void, &r.Delivered, &position,
 			&r.StartedAt, &r.EndedAt, &r.Detail)
 		if err != nil {
 			return r, err
 		}
-		r.Epoch = uint32(epoch)
+		r.Epoch, r.Held = uint32(epoch), uint64(held)
 		if r.From, err = event.ParseLSN(from); err != nil {
 			return r, err
 		}
@@ -178,16 +187,27 @@ func readReplays(ctx context.Context, db *pgx.Conn, which string, args ...any) (
 	return replays, nil
 }
 
-// BeginReplay begins the epoch of a replay, and stores that the slot is to be reset for it. Through is the last event that was delivered.
-func BeginReplay(ctx context.Context, db *pgx.Conn, r SlotRecord, id int64, epoch event.Epoch, through event.Position) error {
+// BeginReplay begins the epoch of a replay, and stores that the slot is to be reset for it. Through is the last event that was delivered, and seq
+// the sequence number at which the destination held all that was.
+func BeginReplay(ctx context.Context, db *pgx.Conn, r SlotRecord, id int64, epoch event.Epoch, through event.Position, destination string, seq uint64) error {
 	return update(ctx, db, r, fmt.Sprintf("begin replay %d", id), `WITH slot AS (
-			UPDATE ebb.slot SET epoch = $3, reset = true, made_because = 'replay ' || $4
+			UPDATE ebb.slot SET epoch = $3, reset = true, made_because = $9
 			WHERE name = $1 AND term = $2 AND EXISTS (SELECT FROM ebb.replay WHERE id = $4 AND state = 'requested' FOR UPDATE) RETURNING *
 		), begun AS (
-			UPDATE ebb.replay p SET state = 'running', epoch = $3, through = $5, started_at = clock_timestamp() FROM slot WHERE p.id = $4)
+			UPDATE ebb.replay p SET state = 'running', epoch = $3, through = $5, destination = $7, held_seq = $8, started_at = clock_timestamp() FROM slot WHERE p.id = $4)
 		INSERT INTO ebb.epoch (slot, epoch, from_lsn, system_identifier, timeline, reason, replay)
-		SELECT name, epoch, $6::text::pg_lsn, system_identifier, timeline, 'replay ' || $4, $4 FROM slot`,
-		int32(epoch.Number), id, through.String(), epoch.From.String())
+		SELECT name, epoch, $6::text::pg_lsn, system_identifier, timeline, $9, $4 FROM slot`,
+		int32(epoch.Number), id, through.String(), epoch.From.String(), destination, int64(seq), BecauseOfReplay(id))
+}
+
+// BecauseOfReplay is why a slot is reset for a replay.
+func BecauseOfReplay(id int64) string { return fmt.Sprintf("replay %d", id) }
+
+// VoidReplay stores that the destination has forgotten some of what it held when a replay was begun.
+func VoidReplay(ctx context.Context, db *pgx.Conn, r SlotRecord, id int64) error {
+	return update(ctx, db, r, fmt.Sprintf("store what is forgotten from before replay %d", id), `WITH slot AS (
+			SELECT name FROM ebb.slot WHERE name = $1 AND term = $2 FOR UPDATE)
+		UPDATE ebb.replay SET void = true FROM slot WHERE slot = slot.name AND id = $3`, id)
 }
 
 // FailReplay stores that a replay cannot be begun or ended.
@@ -212,6 +232,15 @@ func ReplayDelivered(ctx context.Context, db *pgx.Conn, id int64, n int64, posit
 // BeginReset stores that the slot is to be dropped and copied from the trailing one, and why.
 func BeginReset(ctx context.Context, db *pgx.Conn, r SlotRecord, because string) error {
 	return update(ctx, db, r, "have the slot reset", "UPDATE ebb.slot SET reset = true, made_because = $3 WHERE name = $1 AND term = $2", because)
+}
+
+// AbandonReset stores that the slot stays as it is, which was to be reset, and that the replay for which it was, unless 0, has failed.
+func AbandonReset(ctx context.Context, db *pgx.Conn, r SlotRecord, replay int64, detail string) error {
+	return update(ctx, db, r, "leave the slot as it is", `WITH slot AS (
+			UPDATE ebb.slot SET reset = false WHERE name = $1 AND term = $2 RETURNING name
+		), failed AS (
+			UPDATE ebb.replay SET state = 'failed', ended_at = clock_timestamp(), detail = $4 WHERE id = $3 AND state IN ('requested', 'running'))
+		SELECT FROM slot`, replay, detail)
 }
 
 // EndReset stores that the slot is a copy of the trailing one now.

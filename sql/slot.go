@@ -61,8 +61,9 @@ type SlotRecord struct {
 	Reset bool
 	// OwnPending says that rows of own tables from before the slot are to be delivered, in the snapshot with which it was made.
 	OwnPending bool
-	// TrailSeq is the sequence number in TrailDestination up to which everything was delivered that stands before the trailing slot; both are zero where
-	// that is not known.
+	// TrailSeq is the sequence number in TrailDestination up to which everything was delivered that stands before TrailLSN. A trailing slot that is
+	// ahead of that is another one.
+	TrailLSN         event.LSN
 	TrailSeq         uint64
 	TrailDestination string
 	// Adopted names the source, other than this one, whose stream is gone on with, or "".
@@ -164,20 +165,20 @@ func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error
 	var numbers []int32
 	var from []string
 	var replays []bool
-	var consistent string
+	var consistent, trail string
 	var trailSeq int64
 	err := db.QueryRow(ctx, `SELECT (SELECT id::text FROM ebb.identity), system_identifier, timeline, term, coalesce(publication, ''),
 			coalesce(recovered_after, 0), coalesce(recovered_id, 0), coalesce(recovered_seq, 0), recovered_events,
 			snapshot IS NOT NULL, recovered_at IS NOT NULL, made, coalesce(made_because, ''), created_at,
 			coalesce(destination, ''), diverged, coalesce(adopted, ''), own_pending, reset, coalesce(consistent_point, '0/0')::text,
-			coalesce(trail_seq, 0), coalesce(trail_destination, ''),
+			coalesce(trail_lsn, '0/0')::text, coalesce(trail_seq, 0), coalesce(trail_destination, ''),
 			ARRAY(SELECT replay IS NOT NULL FROM ebb.epoch WHERE slot = s.name ORDER BY epoch),
 			ARRAY(SELECT epoch FROM ebb.epoch WHERE slot = s.name ORDER BY epoch),
 			ARRAY(SELECT from_lsn::text FROM ebb.epoch WHERE slot = s.name ORDER BY epoch)
 		FROM ebb.slot s WHERE name = $1`, name).
 		Scan(&r.Buffer, &r.SystemIdentifier, &r.Timeline, &r.Term, &r.Publication, &r.RecoveredAfter, &r.RecoveredID, &seq, &r.Recovered,
 			&r.Made, &r.Done, &r.MadeTimes, &r.MadeBecause, &r.CreatedAt, &r.Destination, &r.Diverged, &r.Adopted, &r.OwnPending, &r.Reset,
-			&consistent, &trailSeq, &r.TrailDestination, &replays, &numbers, &from)
+			&consistent, &trail, &trailSeq, &r.TrailDestination, &replays, &numbers, &from)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return SlotRecord{}, fmt.Errorf("slot %q: %w", name, ErrNoRecord)
 	}
@@ -186,6 +187,9 @@ func ReadSlot(ctx context.Context, db *pgx.Conn, name string) (SlotRecord, error
 	}
 	r.RecoveredSeq, r.TrailSeq = uint64(seq), uint64(trailSeq)
 	if r.ConsistentPoint, err = event.ParseLSN(consistent); err != nil {
+		return SlotRecord{}, fmt.Errorf("read the record of slot %q: %w", name, err)
+	}
+	if r.TrailLSN, err = event.ParseLSN(trail); err != nil {
 		return SlotRecord{}, fmt.Errorf("read the record of slot %q: %w", name, err)
 	}
 	for i, n := range numbers {

@@ -41,10 +41,11 @@ func DeliveredBefore(ctx context.Context, db *pgx.Conn, r SlotRecord, destinatio
 	return Passed{lsn, uint64(seq)}, nil
 }
 
-// StoreTrail stores what stands before the trailing slot, or will in a moment.
-func StoreTrail(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, seq uint64) error {
+// StoreTrail stores where the trailing slot is, or will be in a moment, and what stands before that.
+func StoreTrail(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, at Passed) error {
 	return update(ctx, db, r, "store what stands before the trailing slot",
-		"UPDATE ebb.slot SET trail_seq = $3, trail_destination = $4 WHERE name = $1 AND term = $2", int64(seq), destination)
+		"UPDATE ebb.slot SET trail_lsn = $3::text::pg_lsn, trail_seq = $4, trail_destination = $5 WHERE name = $1 AND term = $2",
+		at.LSN.String(), int64(at.StreamSeq), destination)
 }
 
 // TickAround returns when the newest tick at or before an LSN was stored, and the oldest one at or behind it, of those that have recorded an event.

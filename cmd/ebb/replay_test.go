@@ -231,6 +231,7 @@ func TestReplayRefuses(t *testing.T) {
 		s.ebb(t, append([]string{"replay"}, c.args...)...).fails(t, c.code, c.want...)
 	}
 	s.put(t, 1)
+	s.ebb(t, "replay", "--from", "trail", "--to", "no-such-event", "--aside", "--sink", "stdout").fails(t, 1, "up to which", "no-such-event")
 	s.ebb(t, "replay", "--from", "trail", "--aside", "--sink", broker.URL()).fails(t, 2, "--subject-prefix")
 	s.ebb(t, "replay", "--from", "trail", "--aside", "--subject-prefix", "again", "--stream", "EBB").fails(t, 2, "that of the main flow")
 

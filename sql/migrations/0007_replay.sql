@@ -11,6 +11,10 @@ CREATE TABLE ebb.replay (
     epoch        integer,
     -- The last event that had been delivered when it began, up to which events are delivered again.
     through      text,
+    -- Where the destination held it. Void says that it has forgotten that since.
+    destination  text,
+    held_seq     bigint,
+    void         boolean NOT NULL DEFAULT false,
     delivered    bigint NOT NULL DEFAULT 0,
     position     text,
     started_at   timestamptz,
@@ -27,7 +31,8 @@ CREATE UNIQUE INDEX replay_active ON ebb.replay (slot) WHERE state IN ('requeste
 ALTER TABLE ebb.slot
     -- The slot is to be dropped and copied from the trailing one, as the position is to go back.
     ADD COLUMN reset boolean NOT NULL DEFAULT false,
-    -- What stands before the trailing slot was delivered to trail_destination in messages up to trail_seq.
+    -- What stands before trail_lsn, which the trailing slot is not ahead of, was delivered to trail_destination in messages up to trail_seq.
+    ADD COLUMN trail_lsn pg_lsn,
     ADD COLUMN trail_seq bigint,
     ADD COLUMN trail_destination text;
 
