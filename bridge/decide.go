@@ -411,7 +411,9 @@ func (f *facts) trails() bool {
 }
 
 // trailReaches reports whether the destination still holds everything that stands before the trailing slot, which it has forgotten something of.
-func (f *facts) trailReaches() bool { return f.holds && f.trail.ConfirmedFlush <= f.held.LSN || f.trailIsHeld() }
+func (f *facts) trailReaches() bool {
+	return f.holds && f.trail.ConfirmedFlush <= f.held.LSN || f.trailIsHeld()
+}
 
 // trailIsHeld reports whether it is recorded that the destination was given everything that stands before the trailing slot, and holds it.
 func (f *facts) trailIsHeld() bool {
