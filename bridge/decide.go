@@ -403,12 +403,8 @@ func (f *facts) usable() bool {
 
 const publicationChanged = "its publication was changed, so that it may have passed over rows"
 
-// trails reports whether the slot can be copied from the trailing one, so that it is as it was a while ago. One from before the slot was made has
-// what was then delivered from the buffer, or has passed over it.
-func (f *facts) trails() bool {
-	return f.follows && f.record.Made && f.record.Done && !f.trail.Lost() && f.trail.Plugin == replication.Plugin &&
-		f.trail.ConfirmedFlush >= f.record.ConsistentPoint && sql.SamePublication(f.record.Publication, f.publication)
-}
+// trails reports whether the slot can be copied from the trailing one, so that it is as it was a while ago.
+func (f *facts) trails() bool { return f.follows && follows(f.trail, f.record, f.publication) }
 
 // trailReaches reports whether the destination still holds everything that stands before the trailing slot, which it has forgotten something of.
 func (f *facts) trailReaches() bool {

@@ -424,3 +424,26 @@ func TestForgetfulBrokerIsRefilledFromTheTrail(t *testing.T) {
 		}
 	}
 }
+
+// Setup makes a slot that is gone from the trailing one as well, so that a message without a row that was not delivered is not lost.
+func TestSetupCopiesALostSlot(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, pgtest.New(t))
+	s := newExactSink()
+	cfg := f.trailing(f.config(s))
+	r := f.runWith(cfg)
+	f.put(1)
+	s.await(t, 1)
+	f.settle()
+	r.stop()
+	f.db.Exec(t, "SELECT ebb.emit('t', '{}')", "SELECT pg_drop_replication_slot('"+f.slot+"')")
+	f.setup()
+	r = f.runWith(cfg)
+	s.await(t, 2)
+	f.put(1)
+	s.await(t, 3)
+	r.stop()
+	if got := s.all(); got[1].Origin != event.Streamed || got[1].Position.Compare(got[2].Position) >= 0 || len(got) != 3 {
+		t.Errorf("delivered %+v", got)
+	}
+}

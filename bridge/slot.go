@@ -51,6 +51,9 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 			return false, err
 		}
 		if leads {
+			if copied, err := copyLost(ctx, db, conn, &cfg, why); copied || err != nil {
+				return copied, errors.Join(err, sql.StepDown(ctx, db, cfg.Slot))
+			}
 			record, err := makeSlot(ctx, db, conn, &cfg, system, term, why, own.tables)
 			if err == nil && record.OwnPending {
 				cfg.Logger.Info("rows of own tables are there already; they are delivered first of all, by the next ebb run, which makes the slot anew for that",
@@ -72,6 +75,52 @@ func EnsureSlot(ctx context.Context, db *pgxConn, cfg Config) (bool, error) {
 			return false, fmt.Errorf("wait for the bridge that leads on slot %q to make it: %w", cfg.Slot, err)
 		}
 	}
+}
+
+// copyLost makes a slot that is lost as a copy of the trailing one, where there is that, so that what the slot had not delivered comes in its order,
+// and whatever it is. It reports whether it did.
+func copyLost(ctx context.Context, db *pgxConn, conn *replication.Conn, cfg *Config, why string) (bool, error) {
+	record, err := sql.ReadSlot(ctx, db, cfg.Slot)
+	if errors.Is(err, sql.ErrNoRecord) || err == nil && !(record.Made && record.Done) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	trail, err := replication.InspectSlot(ctx, db, replication.TrailOf(cfg.Slot))
+	if errors.Is(err, replication.ErrNoSlot) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	publication, err := sql.CheckPublication(ctx, db, cfg.Publication, Tables(cfg.Buffers)...)
+	if err != nil {
+		return false, err
+	}
+	if !follows(trail, record, publication.Mark) {
+		return false, nil
+	}
+	if err := sql.BeginReset(ctx, db, record, why); err != nil {
+		return false, err
+	}
+	if err := conn.DropSlot(ctx, cfg.Slot); err != nil {
+		return false, err
+	}
+	if err := replication.CopySlot(ctx, db, trail.Name, cfg.Slot); err != nil {
+		return false, err
+	}
+	if err := conn.SetFailover(ctx, cfg.Slot); err != nil {
+		return false, err
+	}
+	return true, sql.EndReset(ctx, db, record)
+}
+
+// follows reports whether a slot can be copied from its trailing one. One from before the slot was made has what was then delivered from the buffer, or
+// has passed over it.
+func follows(trail replication.Slot, record sql.SlotRecord, publication string) bool {
+	return record.Made && record.Done && !trail.Lost() && trail.Plugin == replication.Plugin && trail.ConfirmedFlush >= record.ConsistentPoint &&
+		sql.SamePublication(record.Publication, publication)
 }
 
 // whyMakeSlot says why a slot is to be made, or "", and the term of its record, or 0. A slot that cannot have been ebb's and is somebody's is an error.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	natsjs "github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
@@ -296,7 +297,10 @@ func (r *replay) aside(ctx context.Context, from, to bridge.Place, total int64) 
 			bar.at(n)
 		}})
 	bar.end()
+	var api *natsjs.APIError
 	switch {
+	case errors.As(err, &api) && api.ErrorCode == subjectsOverlap:
+		return fmt.Errorf("--subject-prefix %s: another stream has subjects that begin so: %w; choose another prefix", r.flags.subjectPrefix, err)
 	case err != nil:
 		return fmt.Errorf("after %d events: %w", n, err)
 	case r.flags.json && cfg.Sink != "stdout":
@@ -342,6 +346,9 @@ const (
 	progressEvery = 500 * time.Millisecond
 	linesEvery    = 5 * time.Second
 )
+
+// subjectsOverlap is the code of JetStream's error about a stream whose subjects another one has.
+const subjectsOverlap natsjs.ErrorCode = 10065
 
 // unknownTotal is the total of an aside that nobody has counted.
 const unknownTotal = -1

@@ -235,6 +235,10 @@ func TestReplayRefuses(t *testing.T) {
 	s.ebb(t, "replay", "--from", "trail", "--aside", "--sink", broker.URL()).fails(t, 2, "--subject-prefix")
 	s.ebb(t, "replay", "--from", "trail", "--aside", "--subject-prefix", "again", "--stream", "EBB").fails(t, 2, "that of the main flow")
 
+	s.streaming(t)
+	delivered(t, broker, time.Minute, 1)
+	s.ebb(t, "replay", "--from", "trail", "--aside", "--subject-prefix", "ebb").fails(t, 1, "--subject-prefix ebb", "choose another prefix")
+
 	none := newSite(t, pgtest.New(t), broker.URL(), "replay: {window: 0s}")
 	none.setup(t)
 	none.ebb(t, "replay", "--from", "trail").fails(t, 1, "out of reach", "replay.window")

@@ -73,7 +73,7 @@ func printSetup(w io.Writer, cfg *config.Config) error {
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(w, "%s\n-- The slot %q comes last. Setup makes it on a replication connection, together with a record of its snapshot,\n"+
+	_, err = fmt.Fprintf(w, "%s\n-- The slot %q comes last, and its trailing slot. Setup makes it on a replication connection, together with a record of its snapshot,\n"+
 		"-- so that the rows which were in the buffer before it are delivered as well.\n\n"+
 		"-- To have COMMITs wait for delivery, by ebb.deliver_on_commit(), set this, in this order. While no bridge runs, they hang until one does.\n"+
 		"-- %s;\n-- %s;\n", script, cfg.Slot, setLocal, setStandbyNames(cfg.Slot))

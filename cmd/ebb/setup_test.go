@@ -57,14 +57,15 @@ func TestPrintedSetup(t *testing.T) {
 	if a, p := applied.schema(t), printed.schema(t); a != p {
 		t.Errorf("setup makes\n%s\nand what it prints makes\n%s", a, p)
 	}
-	// Only the slot is left to be made.
+	// Only the slots are left to be made.
 	r := ebb(t, "setup", "--config", applied.config, "--postgres", printed.db.URL)
 	r.stdout = strings.TrimSpace(r.stdout)
 	if r.code == exitOK || !strings.Contains(r.stderr, "belongs to database") {
 		t.Errorf("the slot is another database's: %+v", r)
 	}
 	applied.ebb(t, "teardown", "--yes").must(t)
-	if r := ebb(t, "setup", "--config", applied.config, "--postgres", printed.db.URL).must(t); r.stdout != "created slot "+applied.db.Name+"\n" {
+	if r := ebb(t, "setup", "--config", applied.config, "--postgres", printed.db.URL).must(t); r.stdout !=
+		"created slot "+applied.db.Name+"\ncreated slot "+applied.db.Name+"_trail\n" {
 		t.Errorf("after the printed script setup says %q", r.stdout)
 	}
 }
