@@ -74,11 +74,21 @@ func (r *round) endSessions(fault) error  { return r.terminate(ofBridges) }
 func (r *round) endWalsender(fault) error { return r.terminate(ofWalsender) }
 func (r *round) terminateLeader() error   { return r.terminate(ofLeader) }
 
-// dropSlot drops the slot, as often as it takes to be faster than the bridge.
-func (r *round) dropSlot(fault) error {
+// dropSlot drops the slot, which then comes back from the trailing one.
+func (r *round) dropSlot(fault) error { return r.drop() }
+
+// dropSlots drops the trailing slot as well, so that what was not delivered comes from the buffer.
+func (r *round) dropSlots(fault) error { return r.drop(slot + "_trail") }
+
+// drop drops the slot, as often as it takes to be faster than the bridge, after others that need not be there.
+func (r *round) drop(others ...string) error {
 	return r.asAdmin(30*time.Second, func(ctx context.Context, db *pgx.Conn) error {
 		for {
 			if _, err := db.Exec(ctx, ofWalsender); err != nil {
+				return err
+			}
+			if _, err := db.Exec(ctx, "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = ANY ($1) AND NOT active",
+				others); err != nil {
 				return err
 			}
 			_, err := db.Exec(ctx, "SELECT pg_drop_replication_slot($1)", slot)

@@ -36,7 +36,7 @@ func (r *round) zombie(f fault) error {
 	defer leader.thaw()
 	err = r.terminateLeader()
 	if err == nil {
-		err = r.dropSlot(f)
+		err = r.dropSlots(f)
 	}
 	if err == nil {
 		select {

@@ -60,6 +60,7 @@ func kinds() []kind {
 		{"sessions-end", laneDatabase, 2, 0, 0, "pg_terminate_backend of the sessions of every bridge", (*round).endSessions},
 		{"walsender-end", laneDatabase, 1, 0, 0, "pg_terminate_backend of the slot's walsender alone", (*round).endWalsender},
 		{"slot-drop", laneDatabase, 2, 0, 0, "the slot is dropped, its walsender ended before", (*round).dropSlot},
+		{"slots-drop", laneDatabase, 2, 0, 0, "the slot and the trailing slot are dropped", (*round).dropSlots},
 		{"slot-invalidate", laneDatabase, 1, 0, 0, "max_slot_wal_keep_size is passed while the bridges are held off: the slot is lost", (*round).invalidateSlot},
 		{"publication-table", laneDatabase, 1, 0, 1 * s, "ALTER PUBLICATION … DROP TABLE; the bridges stop by contract, ebb setup mends", (*round).dropFromPublication},
 		{"publication-insert", laneDatabase, 1, 0, 1 * s, "ALTER PUBLICATION … SET (publish = 'update'); the bridges stop by contract, ebb setup mends", (*round).stopPublishingInserts},
