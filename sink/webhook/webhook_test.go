@@ -158,9 +158,16 @@ func fromSDK(e *ceevent.Event, object []byte) (sinktest.Message, error) {
 		return sinktest.Message{}, err
 	}
 	m := sinktest.Message{ID: e.ID(), Topic: e.Type(), ContentType: e.DataContentType(), Time: e.Time(), Headers: map[string]string{}}
-	if subject := e.Context.(*ceevent.EventContextV1).Subject; subject != nil {
-		m.Key = subject
+	var raw struct {
+		Subject *string `json:"subject"`
 	}
+	if err := json.Unmarshal(object, &raw); err != nil {
+		return m, err
+	}
+	if raw.Subject != nil && *raw.Subject != e.Subject() {
+		return m, fmt.Errorf("subject %q is %q to the SDK", *raw.Subject, e.Subject())
+	}
+	m.Key = raw.Subject
 	_, data, _ := strings.Cut(string(object), `,"data":`)
 	m.Payload = strings.TrimSuffix(data, "}")
 	var err error
