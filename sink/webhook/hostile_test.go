@@ -221,14 +221,15 @@ func TestHostileReceiver(t *testing.T) {
 				}
 				return kind
 			}
+			stop := make(chan struct{})
 			giant := bytes.Repeat([]byte("x"), 1<<20)
 			server := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 				if r.URL.Path != "/hook" {
 					t.Errorf("a request for %s", r.URL)
 				}
 				kind := what()
-				if kind == 2 { // it hangs before it has read anything
-					<-r.Context().Done()
+				if kind == 2 { // it hangs before it has read anything, so that it does not even see the connection end
+					<-stop
 					return
 				}
 				notes, err := readNotes(r)
@@ -272,13 +273,19 @@ func TestHostileReceiver(t *testing.T) {
 					_, _ = io.Copy(io.Discard, conn)
 					conn.Close()
 				case 11: // it hangs when it has done its work
-					<-r.Context().Done()
+					select {
+					case <-r.Context().Done():
+					case <-stop:
+					}
 				case 12:
 					rw.WriteHeader(200)
 					_, _ = rw.Write(giant)
 				}
 			}))
-			t.Cleanup(server.Close)
+			t.Cleanup(func() {
+				close(stop)
+				server.Close()
+			})
 			cfg := cfg
 			cfg.URL, cfg.Window, cfg.Timeout, cfg.MaxBackoff = server.URL+"/hook", window, 250*time.Millisecond, 20*time.Millisecond
 			deliverNotes(t, open(t, cfg), notes(events, 10, random), events)

@@ -87,6 +87,8 @@ type breaker struct {
 	down    bool
 	probeAt time.Time // no request before that
 	probing *pause
+	// probeFresh says that the last probe was of an event that had not been tried before.
+	probeFresh bool
 }
 
 func newLanes(l limits) *lanes {
@@ -148,9 +150,14 @@ func (l *lanes) pick() *job {
 	case l.again.len() == 0 && l.fresh.len() == 0:
 		return nil
 	case l.again.len() == 0:
-	case l.fresh.len() == 0,
-		// When the receiver seems to be down, it may be that all the keys tried so far are poisoned: one that was not tried tells more.
-		!l.down && l.again.first().parcels[0].number < l.fresh.first().parcels[0].number:
+	case l.fresh.len() == 0:
+		return l.again.pop()
+	case l.down:
+		// It may be that the receiver is well and all the keys tried so far are poisoned: now and then, one that was not tried tells.
+		if l.probeFresh = !l.probeFresh; !l.probeFresh {
+			return l.again.pop()
+		}
+	case l.again.first().parcels[0].number < l.fresh.first().parcels[0].number:
 		return l.again.pop()
 	}
 	j := &job{}
