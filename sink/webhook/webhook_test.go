@@ -24,15 +24,15 @@ import (
 	ceevent "github.com/cloudevents/sdk-go/v2/event"
 	cehttp "github.com/cloudevents/sdk-go/v2/protocol/http"
 	"github.com/google/go-cmp/cmp"
-	"go.uber.org/goleak"
 
 	"ebb/event"
+	"ebb/internal/pgtest"
 	"ebb/sink"
 	"ebb/sink/cloudevent"
 	"ebb/sink/sinktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { pgtest.Main(m) }
 
 func TestConformance(t *testing.T) {
 	for _, f := range []struct {
