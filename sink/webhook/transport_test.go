@@ -79,7 +79,7 @@ func TestMutualTLSAndHTTP2(t *testing.T) {
 		want string
 	}{
 		{Config{URL: server.URL, Cert: cert, Key: key}, "certificate signed by unknown authority"},
-		{Config{URL: server.URL, CA: ca}, "certificate required"},
+		{Config{URL: server.URL, CA: ca}, ""}, // with TLS 1.3 it is chance whether the alert or the end of the connection is seen first
 		{Config{URL: strings.Replace(server.URL, "127.0.0.1", "localhost", 1), CA: ca, Cert: cert, Key: key}, "not localhost"},
 	} {
 		ctx, cancel := context.WithCancel(context.Background())
@@ -88,7 +88,7 @@ func TestMutualTLSAndHTTP2(t *testing.T) {
 		if n, err := run(ctx, open(t, tt.cfg), events(1)); n != 0 || err == nil {
 			t.Errorf("delivered %d, %v", n, err)
 		}
-		if got, _ := log.lines()[0]["reason"].(string); !strings.Contains(got, tt.want) {
+		if got, _ := log.lines()[0]["reason"].(string); got == "" || !strings.Contains(got, tt.want) {
 			t.Errorf("reason %q, want %q", got, tt.want)
 		}
 	}
