@@ -263,7 +263,7 @@ http:
     X-Plain: "$${TOKEN} costs $5 $$"
   timeout: 1m30s
   format: batch
-  secrets: ["${SECRET}", "file:${DIR}/secret", whsk_${SEED}]
+  secrets: ["${SECRET}", "file:${DIR}/secret", "whsk_${SEED}"]
   concurrency: 4
   batch: 7
   window: 300
