@@ -63,7 +63,7 @@ func TestWrongConfigurationFile(t *testing.T) {
 		{"impossible slot", "slot: Ebb-1\n", []string{"ebb.yaml:1: slot", "a-z"}},
 		{"unset variable", "postgres: ${NO_SUCH_VARIABLE_OF_MINE}\n", []string{"ebb.yaml:1: postgres", "NO_SUCH_VARIABLE_OF_MINE"}},
 		{"not a duration", "\n\nrecorded: {every: fast}\n", []string{"ebb.yaml:3: recorded.every", "1s"}},
-		{"not available yet", "replay: {window: 2h}\n", []string{"ebb.yaml:1: replay.window", "not available yet"}},
+		{"not available yet", "http: {on_reject: block}\n", []string{"ebb.yaml:1: http.on_reject", "not available yet"}},
 		{"no YAML", "slot: [\n", []string{"ebb.yaml:"}},
 		{"sink", "sink: ftp://x\n", []string{"ebb.yaml:1: sink", "nats"}},
 	} {
