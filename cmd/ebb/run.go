@@ -133,7 +133,7 @@ func openSink(cfg *config.Config, log *slog.Logger) (_ sink.Sink, stop func(), e
 	case config.SinkKindStdout:
 		return stdout.New(stdout.Config{Out: os.Stdout, Source: cfg.Source, Logger: log}), nothing, nil
 	case config.SinkKindHTTP:
-		s, err := webhook.New(webhook.Config{URL: cfg.Sink, Source: cfg.Source, Headers: cfg.HTTP.Headers, Timeout: cfg.HTTP.Timeout, Logger: log})
+		s, err := openWebhook(cfg, log)
 		return s, nothing, err
 	case config.SinkKindNATS:
 		s, err := openJetStream(cfg, cfg.Sink, log)
@@ -173,6 +173,37 @@ func embeddedConfig(cfg *config.Config, log *slog.Logger) (natsserver.Config, er
 		return c, fmt.Errorf("embedded.listen: %w", err)
 	}
 	return c, nil
+}
+
+func openWebhook(cfg *config.Config, log *slog.Logger) (*webhook.Sink, error) {
+	format := webhook.Binary
+	switch cfg.HTTP.Format {
+	case config.FormatStructured:
+		format = webhook.Structured
+	case config.FormatBatch:
+		format = webhook.Batch
+	}
+	s, err := webhook.New(webhook.Config{
+		URL:         cfg.Sink,
+		Source:      cfg.Source,
+		Format:      format,
+		Secrets:     cfg.HTTP.Secrets,
+		BearerFile:  cfg.HTTP.BearerFile,
+		Headers:     cfg.HTTP.Headers,
+		Timeout:     cfg.HTTP.Timeout,
+		Concurrency: cfg.HTTP.Concurrency,
+		Batch:       cfg.HTTP.Batch,
+		Window:      cfg.HTTP.Window,
+		Gzip:        cfg.HTTP.Gzip,
+		CA:          cfg.HTTP.TLS.CA,
+		Cert:        cfg.HTTP.TLS.Cert,
+		Key:         cfg.HTTP.TLS.Key,
+		Logger:      log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("http: %w", err)
+	}
+	return s, nil
 }
 
 func openJetStream(cfg *config.Config, servers string, log *slog.Logger) (*jetstream.Sink, error) {

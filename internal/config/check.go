@@ -1,6 +1,8 @@
 package config
 
 import (
+	"crypto/ed25519"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net"
@@ -31,6 +33,10 @@ const (
 	maxStream = 255
 	// minKeep leaves the ring of partitions wide enough to turn.
 	minKeep = 10 * time.Second
+	// minSecret is how many bytes Standard Webhooks asks of a symmetric secret.
+	minSecret = 24
+	// These are far beyond sense, and bound what a slip of the pen costs.
+	maxConcurrency, maxBatch, maxWindow = 1000, 10_000, 1_000_000
 )
 
 // Validate returns an *Error about the first impossible value, or nil. Load has called it already.
@@ -257,11 +263,16 @@ func (c *Config) checkNATS() *problem {
 	if !slices.Contains([]int{1, 3, 5}, n.Replicas) {
 		return is("nats.replicas", n.Replicas, "not a number of replicas")
 	}
-	if n.TLS.Cert != "" && n.TLS.Key == "" {
-		return is("nats.tls.cert", n.TLS.Cert, "set without nats.tls.key")
+	return checkPair("nats.tls", n.TLS)
+}
+
+// checkPair checks that a certificate and its key are both there or both not.
+func checkPair(key string, t TLS) *problem {
+	if t.Cert != "" && t.Key == "" {
+		return is(key+".cert", t.Cert, "set without "+key+".key")
 	}
-	if n.TLS.Key != "" && n.TLS.Cert == "" {
-		return is("nats.tls.key", n.TLS.Key, "set without nats.tls.cert")
+	if t.Key != "" && t.Cert == "" {
+		return is(key+".key", t.Key, "set without "+key+".cert")
 	}
 	return nil
 }
@@ -302,11 +313,10 @@ func (c *Config) checkHTTP() *problem {
 	if p := oneOf("http.format", h.Format, FormatCloudEvents, FormatStructured, FormatBatch); p != nil {
 		return p
 	}
-	if h.Format != FormatCloudEvents {
-		return notYet("http.format", h.Format, FormatCloudEvents)
-	}
-	if len(h.Secrets) > 0 {
-		return &problem{key: "http.secrets", text: "is not available yet; write [], or leave the key out"}
+	for i, secret := range h.Secrets {
+		if !isSecret(secret) {
+			return is(fmt.Sprintf("http.secrets[%d]", i), secret, "not a secret of Standard Webhooks")
+		}
 	}
 	if p := checkHeaders(h.Headers); p != nil {
 		return p
@@ -314,27 +324,61 @@ func (c *Config) checkHTTP() *problem {
 	if h.Timeout <= 0 {
 		return is("http.timeout", h.Timeout, "not above zero")
 	}
-	d := Default().HTTP
 	for _, n := range []struct {
 		key       string
-		got, only int
+		got, most int
 	}{
-		{"http.concurrency", h.Concurrency, d.Concurrency},
-		{"http.batch", h.Batch, d.Batch},
-		{"http.window", h.Window, d.Window},
+		{"http.concurrency", h.Concurrency, maxConcurrency},
+		{"http.batch", h.Batch, maxBatch},
+		{"http.window", h.Window, maxWindow},
 	} {
 		if n.got < 1 {
 			return is(n.key, n.got, "too few")
 		}
-		if n.got != n.only {
-			return notYet(n.key, n.got, strconv.Itoa(n.only))
+		if n.got > n.most {
+			return is(n.key, n.got, "too many")
 		}
+	}
+	if p := checkPair("http.tls", h.TLS); p != nil {
+		return p
+	}
+	if p := c.checkCredentials(); p != nil {
+		return p
 	}
 	if p := oneOf("http.on_reject", h.OnReject, OnRejectPark, OnRejectBlock); p != nil {
 		return p
 	}
 	if h.OnReject != OnRejectPark {
 		return notYet("http.on_reject", h.OnReject, OnRejectPark)
+	}
+	return nil
+}
+
+// isSecret reports whether text is a secret of Standard Webhooks, or names a file. What is in the file is found out when it is read.
+func isSecret(text string) bool {
+	if path, ok := strings.CutPrefix(text, "file:"); ok {
+		return path != ""
+	}
+	kind, encoded, _ := strings.Cut(text, "_")
+	key, err := base64.StdEncoding.DecodeString(encoded)
+	switch {
+	case err != nil:
+		return false
+	case kind == "whsec":
+		return len(key) >= minSecret
+	}
+	return kind == "whsk" && (len(key) == ed25519.SeedSize || len(key) == ed25519.PrivateKeySize)
+}
+
+// checkCredentials checks that there is one at most, and none without a connection that it fits.
+func (c *Config) checkCredentials() *problem {
+	h := c.HTTP
+	if h.BearerFile != "" {
+		for name := range h.Headers {
+			if strings.EqualFold(name, "authorization") {
+				return &problem{key: "http.headers." + name, text: "is set beside http.bearer_file; keep one of them"}
+			}
+		}
 	}
 	return nil
 }

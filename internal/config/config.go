@@ -92,13 +92,22 @@ type Embedded struct {
 // HTTP holds the options of an HTTP sink.
 type HTTP struct {
 	// Format is FormatCloudEvents, FormatStructured or FormatBatch.
-	Format      string
-	Secrets     []string
-	Headers     map[string]string
-	Timeout     time.Duration
+	Format string
+	// Secrets are Standard Webhooks secrets (whsec_…, whsk_…), or file:PATH for a file that holds one.
+	Secrets []string
+	Headers map[string]string
+	// BearerFile is the path of a file that holds a bearer token.
+	BearerFile string
+	Timeout    time.Duration
+	// Concurrency is how many requests are in flight at once.
 	Concurrency int
-	Batch       int
-	Window      int
+	// Batch is how many events a request of FormatBatch carries at most.
+	Batch int
+	// Window is how many events, from the oldest undelivered one on, are under way.
+	Window int
+	// Gzip compresses the bodies of requests.
+	Gzip bool
+	TLS  TLS
 	// OnReject is OnRejectPark or OnRejectBlock.
 	OnReject string
 }

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"encoding/base64"
 	"errors"
 	"os"
 	"path/filepath"
@@ -232,6 +233,7 @@ func TestWrongEnvironmentAndFlags(t *testing.T) {
 }
 
 func TestValues(t *testing.T) {
+	secret, seed := base64.StdEncoding.EncodeToString(make([]byte, 24)), base64.StdEncoding.EncodeToString(make([]byte, 32))
 	c, err := Load(Sources{File: write(t, `
 # ${UNSET} in a comment is nobody's business
 postgres: "host=a,b user=ebb password='${PASSWORD}' target_session_attrs=primary"
@@ -257,14 +259,23 @@ embedded:
     nats.conf
 http:
   headers:
-    Authorization: Bearer ${TOKEN}
+    X-Token: Bearer ${TOKEN}
     X-Plain: "$${TOKEN} costs $5 $$"
   timeout: 1m30s
+  format: batch
+  secrets: ["${SECRET}", "file:${DIR}/secret", "whsk_${SEED}"]
+  concurrency: 4
+  batch: 7
+  window: 300
+  bearer_file: ${DIR}/token
+  gzip: true
+  tls: {ca: "${DIR}/ca.pem", cert: cert.pem, key: key.pem}
 replay: {window: 0}
 recorded:
   every: 500ms
   keep: 90m
-`), Getenv: env("PASSWORD=a: b # c\nslot: evil", "STAGE=prod", "NO=false", "THREE=3", "DIR=/etc", "TOKEN=t: #${STAGE}")})
+`), Getenv: env("PASSWORD=a: b # c\nslot: evil", "STAGE=prod", "NO=false", "THREE=3", "DIR=/etc", "TOKEN=t: #${STAGE}",
+		"SECRET=whsec_"+secret, "SEED="+seed)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -280,7 +291,11 @@ recorded:
 		Creds: "/run/secrets/nats.creds", TLS: TLS{CA: "/etc/ca.pem", Cert: "cert.pem", Key: "key.pem"},
 	}
 	want.Embedded = Embedded{Store: "/var/lib/ebb", Listen: "[::1]:0", Config: "nats.conf"}
-	want.HTTP.Headers = map[string]string{"Authorization": "Bearer t: #${STAGE}", "X-Plain": "${TOKEN} costs $5 $$"}
+	want.HTTP = HTTP{
+		Format: FormatBatch, Secrets: []string{"whsec_" + secret, "file:/etc/secret", "whsk_" + seed}, Concurrency: 4, Batch: 7, Window: 300, OnReject: OnRejectPark,
+		Headers:    map[string]string{"X-Token": "Bearer t: #${STAGE}", "X-Plain": "${TOKEN} costs $5 $$"},
+		BearerFile: "/etc/token", Gzip: true, TLS: TLS{CA: "/etc/ca.pem", Cert: "cert.pem", Key: "key.pem"},
+	}
 	want.HTTP.Timeout = 90 * time.Second
 	want.Replay.Window = 0
 	want.Recorded = Recorded{Every: 500 * time.Millisecond, Keep: 90 * time.Minute}

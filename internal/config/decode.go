@@ -81,11 +81,18 @@ func (d *decoder) entries(c *Config) []entry {
 			{name: "format", read: d.text(&c.HTTP.Format)},
 			{name: "secrets", read: d.texts(&c.HTTP.Secrets)},
 			{name: "headers", read: d.headers(&c.HTTP.Headers)},
+			{name: "bearer_file", read: d.text(&c.HTTP.BearerFile)},
 			{name: "timeout", read: d.duration(&c.HTTP.Timeout)},
 			{name: "concurrency", read: d.number(&c.HTTP.Concurrency)},
 			{name: "batch", read: d.number(&c.HTTP.Batch)},
 			{name: "window", read: d.number(&c.HTTP.Window)},
 			{name: "on_reject", read: d.text(&c.HTTP.OnReject)},
+			{name: "gzip", read: d.boolean(&c.HTTP.Gzip)},
+			{name: "tls", sub: []entry{
+				{name: "ca", read: d.text(&c.HTTP.TLS.CA)},
+				{name: "cert", read: d.text(&c.HTTP.TLS.Cert)},
+				{name: "key", read: d.text(&c.HTTP.TLS.Key)},
+			}},
 		}},
 		{name: "replay", sub: []entry{
 			{name: "window", read: d.duration(&c.Replay.Window)},

@@ -61,7 +61,7 @@ var wrong = []struct{ file, want string }{
 	// Variables.
 	{"postgres: ${NOBODY}\n", "ebb.yaml:1: postgres: the environment variable NOBODY is not set; set it, or write " + wants["postgres"]},
 	{"nats:\n  tls: {ca: '${NOBODY}/ca.pem'}\n", "ebb.yaml:2: nats.tls.ca: the environment variable NOBODY is not set; set it, or write the path of a PEM file"},
-	{"http:\n  secrets:\n    - whsec_hush\n    - ${NOBODY}\n", "ebb.yaml:4: http.secrets[1]: the environment variable NOBODY is not set; set it, or write a text"},
+	{"http:\n  secrets:\n    - whsec_hush\n    - ${NOBODY}\n", "ebb.yaml:4: http.secrets[1]: the environment variable NOBODY is not set; set it, or write " + wants["http.secrets[]"]},
 	{"slot: a${b\n", "ebb.yaml:1: slot: a ${ without the name of a variable and a } behind it; write ${NAME}, or $${ for a plain ${"},
 	{"slot: ${A-b}\n", "ebb.yaml:1: slot: a ${ without the name of a variable and a } behind it; write ${NAME}, or $${ for a plain ${"},
 
@@ -127,16 +127,17 @@ var wrong = []struct{ file, want string }{
 	{"flow:\n  on_full: foo\n", `ebb.yaml:2: flow.on_full: "foo" is not reject or allow; write reject or allow`},
 	{"http:\n  on_reject: drop\n", `ebb.yaml:2: http.on_reject: "drop" is not park or block; write park or block`},
 	{"http:\n  format: raw\n", `ebb.yaml:2: http.format: "raw" is not cloudevents, structured or batch; write cloudevents, structured or batch`},
-	{"http:\n  batch: 0\n", "ebb.yaml:2: http.batch: 0 is too few; write a number from 1"},
+	{"http:\n  batch: 0\n", "ebb.yaml:2: http.batch: 0 is too few; write a number from 1 to 10000"},
 	{"replay:\n  window: -1h\n", "ebb.yaml:2: replay.window: -1h0m0s is below zero; write a duration such as 90m or 1h, or 0 for none"},
 	{"flow:\n  warn: 2GB\n  limit: 64MB\n", "ebb.yaml:2: flow.warn: 2GB is more than flow.limit, 64MB; write a smaller one, or leave the key out"},
 
 	// Not available yet.
-	{"http:\n  format: batch\n", `ebb.yaml:2: http.format: "batch" is not available yet; write cloudevents, or leave the key out`},
-	{"http:\n  secrets: [whsec_hush]\n", "ebb.yaml:2: http.secrets: the value is not available yet; write [], or leave the key out"},
-	{"http:\n  concurrency: 8\n", "ebb.yaml:2: http.concurrency: 8 is not available yet; write 16, or leave the key out"},
-	{"http:\n  batch: 10\n", "ebb.yaml:2: http.batch: 10 is not available yet; write 100, or leave the key out"},
-	{"http:\n  window: 1\n", "ebb.yaml:2: http.window: 1 is not available yet; write 10000, or leave the key out"},
+	{"http:\n  secrets: [whsec_hush]\n", "ebb.yaml:2: http.secrets[0]: the value is not a secret of Standard Webhooks; write " + wants["http.secrets[]"]},
+	{"http:\n  secrets: [\"file:\"]\n", "ebb.yaml:2: http.secrets[0]: the value is not a secret of Standard Webhooks; write " + wants["http.secrets[]"]},
+	{"http:\n  secrets: [whsk_aHVzaA==]\n", "ebb.yaml:2: http.secrets[0]: the value is not a secret of Standard Webhooks; write " + wants["http.secrets[]"]},
+	{"http:\n  concurrency: 1001\n", "ebb.yaml:2: http.concurrency: 1001 is too many; write a number from 1 to 1000"},
+	{"http:\n  tls: {cert: a}\n", `ebb.yaml:2: http.tls.cert: "a" is set without http.tls.key; write ` + wants["http.tls.cert"]},
+	{"http:\n  bearer_file: a\n  headers: {authorization: hush}\n", "ebb.yaml:3: http.headers.authorization: the value is set beside http.bearer_file; keep one of them"},
 	{"http:\n  on_reject: block\n", `ebb.yaml:2: http.on_reject: "block" is not available yet; write park, or leave the key out`},
 	{"replay:\n  window: 10ms\n", "ebb.yaml:2: replay.window: 10ms is too short; write a duration such as 90m or 1h, or 0 for none"},
 	{"replay:\n  max_wal: 0\n", "ebb.yaml:2: replay.max_wal: 0 is not above zero; write a size such as 512MB or 4GB"},

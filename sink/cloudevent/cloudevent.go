@@ -20,6 +20,9 @@ const (
 // MediaType is the content type of [Envelope.AppendJSON].
 const MediaType = "application/cloudevents+json; charset=utf-8"
 
+// MediaTypeBatch is the content type of a JSON array of what [Envelope.AppendJSON] writes.
+const MediaTypeBatch = "application/cloudevents-batch+json; charset=utf-8"
+
 var (
 	// ErrHeader is wrapped by the error for an event with a header that cannot be passed on. The error names the header.
 	ErrHeader = errors.New("header cannot be passed on")

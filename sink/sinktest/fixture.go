@@ -2,6 +2,7 @@ package sinktest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
+	gocmp "github.com/google/go-cmp/cmp"
 
 	"ebb/event"
 	"ebb/sink"
@@ -300,14 +301,42 @@ func (f *fixture) expect(want []Message) {
 	if !f.h.ExactlyOnce {
 		got = firsts(got)
 	}
+	if f.h.PerKey {
+		got = f.inOrder(got, want)
+	}
 	for i := range min(len(want), len(got)) {
-		if diff := cmp.Diff(shorten(want[i]), shorten(like(got[i], want[i]))); diff != "" || got[i].Payload != want[i].Payload {
+		if diff := gocmp.Diff(shorten(want[i]), shorten(like(got[i], want[i]))); diff != "" || got[i].Payload != want[i].Payload {
 			f.t.Fatalf("message %d (-want +got):\n%s", i, diff)
 		}
 	}
 	if len(got) != len(want) {
 		f.t.Fatalf("received %d messages, want %d", len(got), len(want))
 	}
+}
+
+// inOrder returns got in the order of want, after it has found those of each key in that order.
+func (f *fixture) inOrder(got, want []Message) []Message {
+	f.t.Helper()
+	place := make(map[string]int, len(want))
+	for i, m := range want {
+		place[m.ID] = i
+	}
+	last := map[string]Message{}
+	for _, m := range got {
+		if _, ok := place[m.ID]; !ok {
+			f.t.Fatalf("received event %s, which is none that was to be delivered", m.ID)
+		}
+		if m.Key == nil {
+			continue
+		}
+		if before, ok := last[*m.Key]; ok && place[before.ID] > place[m.ID] {
+			f.t.Fatalf("received event %s of key %q after event %s", m.ID, *m.Key, before.ID)
+		}
+		last[*m.Key] = m
+	}
+	got = slices.Clone(got)
+	slices.SortStableFunc(got, func(a, b Message) int { return cmp.Compare(place[a.ID], place[b.ID]) })
+	return got
 }
 
 // firsts returns the first message of each id.

@@ -38,6 +38,8 @@ type Harness struct {
 	// ExactlyOnce says that nothing is received twice, whatever happens. Where it is false, an event may be received again, but
 	// the first receptions are in order.
 	ExactlyOnce bool
+	// PerKey says that only events of the same key are in order, and those without a key in none.
+	PerKey bool
 }
 
 // Message is an event as a subscriber sees it, with every encoding undone.

@@ -1,6 +1,7 @@
 package webhook
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -33,8 +34,66 @@ type failure struct {
 	retryAfter time.Duration
 }
 
-// attempt sends one request. It returns nil when the receiver has taken the event.
-func (s *Sink) attempt(ctx context.Context, header http.Header, payload []byte) *failure {
+// rejects reports whether the receiver has said that it does not want what it was sent, whenever that is.
+func (f *failure) rejects() bool {
+	switch f.status {
+	case 0, http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests:
+		return false
+	}
+	return f.status < 500
+}
+
+// patience is how often a request with several events is sent as it is to a receiver that answers with an error of its own.
+const patience = 3
+
+// concernsContent reports whether a request with fewer events may fare better: the receiver has read it and does not like it, or fails on it
+// time and again. Where it does not answer, asks to be left alone, or does not let ebb in, there is no sense in it.
+func (f *failure) concernsContent(attempts int) bool {
+	switch f.status {
+	case 0, http.StatusServiceUnavailable, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusMethodNotAllowed,
+		http.StatusProxyAuthRequired:
+		return false
+	}
+	if f.status >= 500 {
+		return attempts >= patience
+	}
+	return f.status >= 400 && f.rejects()
+}
+
+// attempt sends one request with the events of the parcels. It returns nil when the receiver has taken them.
+func (s *Sink) attempt(ctx context.Context, parcels []*parcel) *failure {
+	m, err := s.message(parcels)
+	if err != nil {
+		return &failure{reason: err.Error()}
+	}
+	if err := s.secrets.sign(&m, time.Now()); err != nil {
+		return &failure{reason: err.Error()}
+	}
+	if s.gzip {
+		if err := m.compress(); err != nil {
+			return &failure{reason: err.Error()}
+		}
+	}
+	token := ""
+	switch {
+	case s.bearer != nil:
+		if token, err = s.bearer.get(); err != nil {
+			return &failure{reason: "bearer_file: " + err.Error()}
+		}
+		m.header["Authorization"] = []string{"Bearer " + token}
+	case s.user != nil:
+		authorize(m.header, s.user)
+	}
+	f := s.post(ctx, m.header, m.body)
+	if f != nil && token != "" {
+		// It may be another by the time that this is logged.
+		f.body = bytes.ReplaceAll(f.body, []byte(token), []byte(hidden))
+	}
+	return f
+}
+
+// post sends one request. It returns nil when the receiver has said yes.
+func (s *Sink) post(ctx context.Context, header http.Header, payload []byte) *failure {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	timer := time.AfterFunc(s.timeout, func() { cancel(errTimeout) })
@@ -127,7 +186,7 @@ func retryAfter(h http.Header, now time.Time) time.Duration {
 	return min(max(at.Sub(now), 0), maxRetryAfter)
 }
 
-// pause gives the capped exponential pauses, with jitter, between the attempts for one event.
+// pause gives the capped exponential pauses, with jitter, between the attempts for one request.
 type pause struct {
 	backoff backoff.ExponentialBackOff
 	most    time.Duration

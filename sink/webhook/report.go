@@ -7,8 +7,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"ebb/event"
 )
 
 const (
@@ -19,17 +17,20 @@ const (
 	maxExcerptSource = 4 << 10
 )
 
-// report logs failures without flooding the log: the first, those for another reason, and one every reportEvery.
+// hidden stands where a secret was.
+const hidden = "xxxxx"
+
+// report logs failures without flooding the log: for each reason the first, and one every reportEvery.
 type report struct {
 	log  *slog.Logger
 	hide *strings.Replacer
 	now  func() time.Time
 
-	since  time.Time // of the first failure since the last delivery, or zero
-	logged bool      // whether any failure since then was
-	last   time.Time // when one was logged last, and why
-	reason string
+	last map[string]time.Time // when one was logged last, by reason
 }
+
+// maxReasons bounds what is kept of reasons, of which a receiver can make up any number.
+const maxReasons = 100
 
 func newReport(log *slog.Logger, secrets []string) *report {
 	// The longest first, so that one that is part of another does not leave the rest of it.
@@ -37,17 +38,17 @@ func newReport(log *slog.Logger, secrets []string) *report {
 	var pairs []string
 	for _, s := range secrets {
 		if s != "" {
-			pairs = append(pairs, s, "xxxxx")
+			pairs = append(pairs, s, hidden)
 		}
 	}
-	return &report{log: log, hide: strings.NewReplacer(pairs...), now: time.Now}
+	return &report{log: log, hide: strings.NewReplacer(pairs...), now: time.Now, last: map[string]time.Time{}}
 }
 
 // minSecret keeps "1" or "prod" in a header from being blotted out wherever it occurs.
 const minSecret = 8
 
-// secrets returns what a receiver knows from the requests and could send back to where it is logged.
-func secrets(u *url.URL, user *url.Userinfo, headers map[string]string) []string {
+// knownSecrets returns what a receiver knows from the requests and could send back to where it is logged.
+func knownSecrets(u *url.URL, user *url.Userinfo, headers map[string]string) []string {
 	var all []string
 	for _, values := range u.Query() {
 		all = append(all, values...)
@@ -65,30 +66,71 @@ func secrets(u *url.URL, user *url.Userinfo, headers map[string]string) []string
 	return all
 }
 
-func (r *report) failed(e *event.Event, f *failure, attempts int, wait time.Duration) {
+// due reports whether something is to be logged, and notes that it was.
+func (r *report) due(reason string) bool {
 	now := r.now()
-	if r.since.IsZero() {
-		r.since = now
+	last, ok := r.last[reason]
+	if ok && now.Sub(last) < reportEvery {
+		return false
 	}
-	if f.reason == r.reason && now.Sub(r.last) < reportEvery {
+	if !ok && len(r.last) >= maxReasons {
+		clear(r.last)
+	}
+	r.last[reason] = now
+	return true
+}
+
+func (r *report) failed(j *job, f *failure, wait time.Duration) {
+	if j.since.IsZero() {
+		j.since = r.now()
+	}
+	if !r.due(f.reason) {
 		return
 	}
-	r.logged, r.last, r.reason = true, now, f.reason
-	attrs := []any{"event", string(e.ID), "position", e.Position, "reason", r.hide.Replace(f.reason), "attempts", attempts, "retry_in", wait.Round(time.Millisecond)}
+	j.logged = true
+	r.log.Warn("event not delivered, trying again", append(r.attrs(j, f), "retry_in", wait.Round(time.Millisecond))...)
+}
+
+func (r *report) split(j *job, f *failure) {
+	if r.due("split: " + f.reason) {
+		r.log.Warn("events not delivered, trying again in smaller batches", r.attrs(j, f)...)
+	}
+}
+
+func (r *report) attrs(j *job, f *failure) []any {
+	attrs := append(named(j), "position", j.parcels[0].position, "reason", r.hide.Replace(f.reason), "attempts", j.attempts)
 	if f.status != 0 {
 		attrs = append(attrs, "status", f.status)
 	}
 	if len(f.body) > 0 {
 		attrs = append(attrs, "body", r.excerpt(f.body))
 	}
-	r.log.Warn("event not delivered, trying again", attrs...)
+	return attrs
 }
 
-func (r *report) delivered(e *event.Event, attempts int) {
-	if r.logged {
-		r.log.Info("events are delivered again", "event", string(e.ID), "attempts", attempts, "after", r.now().Sub(r.since).Round(time.Millisecond))
+// named names the first of the events of a job, and how many they are where there may be several.
+func named(j *job) []any {
+	attrs := []any{"event", string(j.parcels[0].id)}
+	if len(j.parcels) > 1 {
+		attrs = append(attrs, "events", len(j.parcels))
 	}
-	r.since, r.logged = time.Time{}, false
+	return attrs
+}
+
+func (r *report) delivered(j *job) {
+	if j.logged {
+		r.log.Info("events are delivered again", append(named(j), "attempts", j.attempts, "after", r.now().Sub(j.since).Round(time.Millisecond))...)
+	}
+}
+
+// down reports that the receiver as a whole does not take anything, or does again.
+func (r *report) down(down bool) {
+	switch {
+	case !down:
+		r.log.Debug("the receiver takes events again")
+	case r.due("down"):
+		r.log.Warn("the receiver takes nothing; one request at a time tries it until it does")
+	}
 }
 
 // excerpt returns the beginning of a response, at most maxExcerpt bytes.

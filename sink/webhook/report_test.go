@@ -19,10 +19,18 @@ func TestReport(t *testing.T) {
 	r := newReport(log.logger(), nil)
 	now := time.Unix(0, 0)
 	r.now = func() time.Time { return now }
-	e := event.Event{ID: []byte("7"), Position: event.Position{Epoch: 1, Commit: 2, Index: 3}}
-
+	newJob := func() *job {
+		return &job{parcels: []*parcel{{id: []byte("7"), position: event.Position{Epoch: 1, Commit: 2, Index: 3}}}}
+	}
+	j := newJob()
 	fail := func(status int, attempts int) {
-		r.failed(&e, &failure{status: status, reason: fmt.Sprint(status), body: []byte("why")}, attempts, time.Second)
+		j.attempts = attempts
+		r.failed(j, &failure{status: status, reason: fmt.Sprint(status), body: []byte("why")}, time.Second)
+	}
+	delivered := func(attempts int) {
+		j.attempts = attempts
+		r.delivered(j)
+		j = newJob()
 	}
 	fail(500, 1) // logged
 	now = now.Add(29 * time.Second)
@@ -32,10 +40,10 @@ func TestReport(t *testing.T) {
 	fail(503, 4)
 	now = now.Add(time.Second)
 	fail(503, 5) // logged: half a minute has passed
-	r.delivered(&e, 6)
-	r.delivered(&e, 1)
+	delivered(6)
+	delivered(1)
 	fail(503, 1) // not logged: a receiver that fails each second event does not flood the log
-	r.delivered(&e, 2)
+	delivered(2)
 	now = now.Add(30 * time.Second)
 	fail(503, 1) // logged
 
@@ -55,7 +63,7 @@ func TestExcerpt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := newReport(nil, secrets(u, u.User, map[string]string{"Authorization": "Bearer abcdefgh", "X": "a"}))
+	r := newReport(nil, knownSecrets(u, u.User, map[string]string{"Authorization": "Bearer abcdefgh", "X": "a"}))
 	for in, want := range map[string]string{
 		"plain \xff": "plain \uFFFD",
 		"pass, dXNlcjpwYXNz, 0123456789, Bearer abcdefgh, abcdefgh, a1": "xxxxx, xxxxx, xxxxx, xxxxx, xxxxx, a1",
@@ -67,7 +75,7 @@ func TestExcerpt(t *testing.T) {
 			t.Errorf("%q: got %q, want %q", in, got, want)
 		}
 	}
-	r = newReport(nil, secrets(&url.URL{}, nil, nil))
+	r = newReport(nil, knownSecrets(&url.URL{}, nil, nil))
 	if got := r.excerpt([]byte("a")); got != "a" {
 		t.Errorf("without secrets: %q", got)
 	}

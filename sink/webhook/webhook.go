@@ -1,4 +1,4 @@
-// Package webhook delivers events to an HTTP server, one request each, as CloudEvents in binary mode.
+// Package webhook delivers events to an HTTP server, as CloudEvents, several keys at once and each in order.
 package webhook
 
 import (
@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"ebb/event"
-	"ebb/internal/sleep"
 	"ebb/sink"
 	"ebb/sink/cloudevent"
 )
@@ -25,12 +24,30 @@ type Config struct {
 	URL string
 	// Source is the CloudEvents source.
 	Source string
+	// Format is how events are written.
+	Format Format
+	// Secrets sign every request as Standard Webhooks says, each with a signature of its own: whsec_… (symmetric), whsk_… (ed25519), or
+	// file:PATH, a file that holds one and is read again when it has changed.
+	Secrets []string
+	// BearerFile is the path of a file that holds a bearer token, and is read again when it has changed; empty is none.
+	BearerFile string
 	// Headers are sent with every request, and take the place of a producer's headers of the same name.
 	Headers map[string]string
 	// Timeout limits one request with its response; 0 is 30 s.
 	Timeout time.Duration
 	// MinBackoff and MaxBackoff limit the pause before an attempt is repeated; 0 is 100 ms and 30 s.
 	MinBackoff, MaxBackoff time.Duration
+	// Concurrency is how many requests are in flight at once; 0 is 16.
+	Concurrency int
+	// Batch is how many events a request carries at most, in format Batch; 0 is 100.
+	Batch int
+	// Window is how many events, from the oldest undelivered one on, are taken in; 0 is 10,000.
+	Window int
+	// Gzip compresses the bodies of requests.
+	Gzip bool
+	// CA is the path of a PEM file with the authorities to trust instead of the system's. Cert and Key are those of a client certificate; they
+	// are read again for each connection.
+	CA, Cert, Key string
 	// Logger may be nil.
 	Logger *slog.Logger
 }
@@ -45,6 +62,15 @@ func (c Config) withDefaults() Config {
 	if c.MaxBackoff == 0 {
 		c.MaxBackoff = max(30*time.Second, c.MinBackoff)
 	}
+	if c.Concurrency == 0 {
+		c.Concurrency = 16
+	}
+	if c.Batch == 0 {
+		c.Batch = 100
+	}
+	if c.Window == 0 {
+		c.Window = 10_000
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -53,9 +79,24 @@ func (c Config) withDefaults() Config {
 
 // Validate says what is impossible in c. No value that may be secret is in the error.
 func (c Config) Validate() error {
-	_, err := c.parseURL()
+	u, err := c.parseURL()
 	if err != nil {
 		return err
+	}
+	if c.Format < Binary || c.Format > Batch {
+		return fmt.Errorf("format %d: want Binary, Structured or Batch", c.Format)
+	}
+	if c.Concurrency < 0 || c.Batch < 0 || c.Window < 0 {
+		return fmt.Errorf("concurrency %d, batch %d, window %d: want numbers above zero, or 0 for the defaults", c.Concurrency, c.Batch, c.Window)
+	}
+	if (c.Cert == "") != (c.Key == "") {
+		return errors.New("tls: cert and key belong together; set both or neither")
+	}
+	if u.Scheme == "http" && (c.CA != "" || c.Cert != "") {
+		return errors.New("tls: the URL of the http sink is not https; write https://, or leave ca, cert and key out")
+	}
+	if c.BearerFile != "" && u.User != nil {
+		return errors.New("bearer_file: the URL of the http sink holds a user already; keep one of them")
 	}
 	if c.Timeout < 0 {
 		return fmt.Errorf("timeout %v: want a duration above zero, or 0 for the default", c.Timeout)
@@ -74,6 +115,12 @@ func (c Config) Validate() error {
 		}
 		if seen[canonical] {
 			return fmt.Errorf("headers: %q is given twice; HTTP does not tell upper from lower case", name)
+		}
+		if canonical == "Authorization" && c.BearerFile != "" {
+			return fmt.Errorf("headers: %q is what bearer_file sets; keep one of them", name)
+		}
+		if strings.HasPrefix(canonical, "Webhook-") {
+			return fmt.Errorf("headers: %q is a header that ebb sets itself; leave it out", name)
 		}
 		seen[canonical] = true
 		if strings.ContainsFunc(c.Headers[name], func(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }) {
@@ -98,24 +145,38 @@ func (c Config) parseURL() (*url.URL, error) {
 	return u, nil
 }
 
-// Sink sends each event until the receiver says 2xx, and the next one only then. So every event is delivered at least once, in order.
+// Sink sends each event until the receiver says 2xx, and the next one of its key only then. So every event is delivered at least once, and
+// those of a key in order.
 type Sink struct {
 	url      string // without user and password
 	user     *url.Userinfo
+	bearer   *watched[string]
+	secrets  secrets
 	headers  http.Header
+	format   Format
 	envelope cloudevent.Envelope
+	gzip     bool
 	timeout  time.Duration
 	client   *http.Client
-	backoff  func() *pause
+	limits   limits
 	report   *report
 
-	position event.Position
-	buf      []byte
+	position event.Position // of the last event that is delivered with all before it
 }
 
 var _ sink.Sink = (*Sink)(nil)
 
-// New returns a sink that sends to cfg.URL. It does not connect yet.
+const (
+	// maxBytes is how much is taken in, whatever the window is: large events must not make the memory of many.
+	maxBytes = 32 << 20
+	// maxBatchBytes is how large a request with several events becomes.
+	maxBatchBytes = 1 << 20
+	// maxProbe is the longest pause between two probes of a receiver that is down, unless it asks for more: the first event behind an outage
+	// waits that long.
+	maxProbe = 5 * time.Second
+)
+
+// New returns a sink that sends to cfg.URL. It reads the files that cfg names, and does not connect yet.
 func New(cfg Config) (*Sink, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -133,23 +194,49 @@ func New(cfg Config) (*Sink, error) {
 	for name, value := range cfg.Headers {
 		headers.Set(name, value)
 	}
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.MaxIdleConns = 0
-	transport.MaxIdleConnsPerHost = 1 // as many as there are requests at a time
-	transport.DisableCompression = true
+	signers, err := newSecrets(cfg.Secrets)
+	if err != nil {
+		return nil, err
+	}
+	var bearer *watched[string]
+	if cfg.BearerFile != "" {
+		bearer = &watched[string]{path: cfg.BearerFile, parse: parseToken}
+		if _, err := bearer.get(); err != nil {
+			return nil, fmt.Errorf("bearer_file: %w", err)
+		}
+	}
+	transport, err := newTransport(cfg)
+	if err != nil {
+		return nil, err
+	}
+	batch := 1
+	if cfg.Format == Batch {
+		batch = cfg.Batch
+	}
 	return &Sink{
 		url:      u.String(),
 		user:     user,
+		bearer:   bearer,
+		secrets:  signers,
 		headers:  headers,
+		format:   cfg.Format,
 		envelope: cloudevent.Envelope{Source: cfg.Source},
+		gzip:     cfg.Gzip,
 		timeout:  cfg.Timeout,
 		client: &http.Client{
 			Transport: transport,
 			// A receiver that moved is the operator's to decide on: a redirected POST may become a GET, and carry the password elsewhere.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
-		backoff: func() *pause { return newPause(cfg.MinBackoff, cfg.MaxBackoff) },
-		report:  newReport(cfg.Logger.With("receiver", u.Scheme+"://"+u.Host), secrets(u, user, cfg.Headers)),
+		limits: limits{
+			requests: cfg.Concurrency, window: cfg.Window, bytes: maxBytes, batch: batch, batchBytes: maxBatchBytes - len("[]"),
+			pause: func() *pause { return newPause(cfg.MinBackoff, cfg.MaxBackoff) },
+			probe: func() *pause {
+				most := min(cfg.MaxBackoff, maxProbe)
+				return newPause(min(cfg.MinBackoff, most), most)
+			},
+		},
+		report: newReport(cfg.Logger.With("receiver", u.Scheme+"://"+u.Host), knownSecrets(u, user, cfg.Headers)),
 	}, nil
 }
 
@@ -162,91 +249,11 @@ func (s *Sink) Resume(_ context.Context, known sink.Known) (sink.Tail, error) {
 	return sink.Tail{Position: s.position}, nil
 }
 
-// Run delivers the events of the batches from in, one after the other. A receiver that is away, or says anything but 2xx, is
-// asked again and again.
+// Run delivers the events of the batches from in, those of different keys at the same time. A receiver that is away, or says anything
+// but 2xx, is asked again and again.
 func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {
-	for {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case batch, ok := <-in:
-			if !ok {
-				return nil
-			}
-			err := s.deliverBatch(ctx, batch, delivered)
-			batch.Release()
-			if err != nil {
-				return err
-			}
-		}
-	}
-}
-
-func (s *Sink) deliverBatch(ctx context.Context, batch *event.Batch, delivered sink.Delivered) error {
-	for i := range batch.Events {
-		e := &batch.Events[i]
-		if err := s.deliver(ctx, e); err != nil {
-			return err
-		}
-		s.position = e.Position
-		delivered(sink.Progress{Events: 1, Position: e.Position})
-	}
-	return nil
-}
-
-// deliver sends e until the receiver has it, the context ends, or it turns out that it cannot be sent at all.
-func (s *Sink) deliver(ctx context.Context, e *event.Event) error {
-	header, err := s.header(e)
-	if err != nil {
-		return &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: err}
-	}
-	pause := s.backoff()
-	for attempts := 1; ; attempts++ {
-		failure := s.attempt(ctx, header, e.Payload)
-		if failure == nil {
-			s.report.delivered(e, attempts)
-			return nil
-		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		wait := max(pause.next(), failure.retryAfter)
-		s.report.failed(e, failure, attempts, wait)
-		if err := sleep.For(ctx, wait); err != nil {
-			return err
-		}
-	}
-}
-
-// header returns the header of all requests for e. Nothing in it points into the event's batch.
-func (s *Sink) header(e *event.Event) (http.Header, error) {
-	h := make(http.Header, len(s.headers)+len(e.Headers)+12)
-	var err error
-	s.buf, err = s.envelope.Headers(e, s.buf, func(name string, value []byte) {
-		name = http.CanonicalHeaderKey(name)
-		h[name] = append(h[name], string(value))
-	})
-	if err != nil {
-		return nil, err
-	}
-	// net/http repeats a POST on a fresh connection when the receiver had closed the idle one, if it is told that this does no harm. It
-	// does none, because the id stays the same. A header without a value is not sent.
-	if _, ok := h["Idempotency-Key"]; !ok {
-		h["Idempotency-Key"] = nil
-	}
-	for name, values := range s.headers {
-		if _, ok := h[name]; ok && name == "User-Agent" && values[0] == "ebb" {
-			continue // the default gives way to the producer's
-		}
-		h[name] = values
-	}
-	if s.user != nil {
-		authorize(h, s.user)
-	}
-	return h, nil
+	r := &running{sink: s, lanes: newLanes(s.limits), delivered: delivered, outcomes: make(chan outcome, s.limits.requests)}
+	return r.run(ctx, in)
 }
 
 func authorize(h http.Header, user *url.Userinfo) {

@@ -3,6 +3,7 @@ package webhook
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,24 +14,42 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	ceevent "github.com/cloudevents/sdk-go/v2/event"
+	cehttp "github.com/cloudevents/sdk-go/v2/protocol/http"
 	"github.com/google/go-cmp/cmp"
-	"go.uber.org/goleak"
 
 	"ebb/event"
+	"ebb/internal/pgtest"
 	"ebb/sink"
 	"ebb/sink/cloudevent"
 	"ebb/sink/sinktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { pgtest.Main(m) }
 
 func TestConformance(t *testing.T) {
+	for _, f := range []struct {
+		name string
+		cfg  Config
+		read func(*http.Request, []byte) ([]sinktest.Message, error)
+	}{
+		{"binary", Config{}, readBinary},
+		{"binary, one at a time", Config{Concurrency: 1, Window: 1}, readBinary},
+		{"structured", Config{Format: Structured}, readStructured},
+		{"batch", Config{Format: Batch, Concurrency: 3, Batch: 7, Gzip: true}, readBatch},
+	} {
+		t.Run(f.name, func(t *testing.T) { conform(t, f.cfg, f.read) })
+	}
+}
+
+func conform(t *testing.T, cfg Config, read func(*http.Request, []byte) ([]sinktest.Message, error)) {
 	type receiver struct {
 		mu       sync.Mutex
 		messages []sinktest.Message
@@ -42,20 +61,22 @@ func TestConformance(t *testing.T) {
 			mine := &receiver{}
 			r = mine
 			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-				body, err := io.ReadAll(req.Body)
+				body, err := readBody(req)
 				mine.mu.Lock()
 				defer mine.mu.Unlock()
 				if mine.broken || err != nil {
 					panic(http.ErrAbortHandler) // the connection ends without a response
 				}
-				m, err := sinktest.FromBinary(req.Header, body)
+				messages, err := read(req, body)
 				if err != nil {
 					t.Error(err)
 				}
-				mine.messages = append(mine.messages, m)
+				mine.messages = append(mine.messages, messages...)
 			}))
 			t.Cleanup(server.Close)
-			return open(t, Config{URL: server.URL, MaxBackoff: 100 * time.Millisecond})
+			cfg := cfg
+			cfg.URL, cfg.MaxBackoff = server.URL, 100*time.Millisecond
+			return open(t, cfg)
 		},
 		Received: func(*testing.T) []sinktest.Message {
 			r.mu.Lock()
@@ -72,7 +93,101 @@ func TestConformance(t *testing.T) {
 			defer r.mu.Unlock()
 			r.broken = false
 		},
+		PerKey: true,
 	})
+}
+
+// readBody returns the body of a request, decompressed.
+func readBody(r *http.Request) ([]byte, error) {
+	if r.Header.Get("Content-Encoding") != "gzip" {
+		return io.ReadAll(r.Body)
+	}
+	z, err := gzip.NewReader(r.Body)
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(z)
+}
+
+func readBinary(r *http.Request, body []byte) ([]sinktest.Message, error) {
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	if e, err := cehttp.NewEventFromHTTPRequest(r); err != nil || e.Validate() != nil {
+		return nil, fmt.Errorf("the SDK does not take event %s: %w", r.Header.Get("ce-id"), errors.Join(err, e.Validate()))
+	}
+	m, err := sinktest.FromBinary(r.Header, body)
+	return []sinktest.Message{m}, err
+}
+
+func readStructured(r *http.Request, body []byte) ([]sinktest.Message, error) {
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	e, err := cehttp.NewEventFromHTTPRequest(r)
+	if err != nil {
+		return nil, fmt.Errorf("the SDK does not take %.200s: %w", body, err)
+	}
+	m, err := fromSDK(e, body)
+	return []sinktest.Message{m}, err
+}
+
+func readBatch(r *http.Request, body []byte) ([]sinktest.Message, error) {
+	if len(body) > maxBatchBytes && bytes.Count(body, []byte(`"ebbposition"`)) > 1 {
+		return nil, fmt.Errorf("a batch of %d bytes", len(body))
+	}
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	events, err := cehttp.NewEventsFromHTTPRequest(r)
+	if err != nil {
+		return nil, fmt.Errorf("the SDK does not take %.200s: %w", body, err)
+	}
+	var objects []json.RawMessage
+	if err := json.Unmarshal(body, &objects); err != nil {
+		return nil, err
+	}
+	messages := make([]sinktest.Message, len(events))
+	for i := range events {
+		if messages[i], err = fromSDK(&events[i], objects[i]); err != nil {
+			return nil, err
+		}
+	}
+	return messages, nil
+}
+
+// fromSDK takes the payload from the object itself, of which it is the last member: the SDK does not keep its white space.
+func fromSDK(e *ceevent.Event, object []byte) (sinktest.Message, error) {
+	// CloudEvents knows no blank type and no blank subject; rows do.
+	blank := strings.TrimSpace(e.Type()) == "" || strings.TrimSpace(e.Subject()) == ""
+	if err := e.Validate(); err != nil && !blank {
+		return sinktest.Message{}, err
+	}
+	m := sinktest.Message{ID: e.ID(), Topic: e.Type(), ContentType: e.DataContentType(), Time: e.Time(), Headers: map[string]string{}}
+	var raw struct {
+		Subject *string `json:"subject"`
+	}
+	if err := json.Unmarshal(object, &raw); err != nil {
+		return m, err
+	}
+	if raw.Subject != nil && *raw.Subject != e.Subject() {
+		return m, fmt.Errorf("subject %q is %q to the SDK", *raw.Subject, e.Subject())
+	}
+	m.Key = raw.Subject
+	_, data, _ := strings.Cut(string(object), `,"data":`)
+	m.Payload = strings.TrimSuffix(data, "}")
+	var err error
+	for name, value := range e.Extensions() {
+		text, ok := value.(string)
+		switch {
+		case !ok:
+			return m, fmt.Errorf("extension %s is a %T", name, value)
+		case name == "ebbposition":
+			m.Position, err = event.ParsePosition(text)
+		case name == "ebborigin":
+			m.Origin = event.Origin(text)
+		default:
+			m.Headers[name] = text
+		}
+		if err != nil {
+			return m, err
+		}
+	}
+	return m, nil
 }
 
 // open returns a sink that does not wait long.
@@ -96,12 +211,12 @@ func open(t *testing.T, cfg Config) *Sink {
 	return s
 }
 
-// events returns a batch of n events, the first of which has id 1.
+// events returns a batch of n events of one key, the first of which has id 1.
 func events(n int) *event.Batch {
 	b := event.NewBatch()
 	for i := range n {
 		b.Events = append(b.Events, event.Event{
-			Position: event.Position{Epoch: 1, Commit: 0x10, Index: uint64(i + 1)}, ID: b.Copy(fmt.Append(nil, i+1)), Topic: b.Copy([]byte("t")),
+			Position: event.Position{Epoch: 1, Commit: 0x10, Index: uint64(i + 1)}, ID: b.Copy(fmt.Append(nil, i+1)), Topic: b.Copy([]byte("t")), Key: b.Copy([]byte("k")),
 			Payload: b.Copy(fmt.Appendf(nil, `{"n": %d}`, i+1)), ContentType: "application/json",
 		})
 	}
@@ -155,14 +270,19 @@ func TestRequest(t *testing.T) {
 		ContentType: "application/json", Time: time.Unix(1, 5000), Origin: event.Recovered,
 		Headers: []event.Header{
 			{Name: []byte("X-Tenant"), Value: []byte("producer's")}, {Name: []byte("authorization"), Value: []byte("producer's")},
-			{Name: []byte("user-agent"), Value: []byte("producer's")}, {Name: []byte("X-Two"), Value: []byte("1")}, {Name: []byte("x-two"), Value: []byte("2")},
+			{Name: []byte("user-agent"), Value: []byte("producer's")}, {Name: []byte("webhook-Signature"), Value: []byte("producer's")},
+			{Name: []byte("X-Two"), Value: []byte("1")}, {Name: []byte("x-two"), Value: []byte("2")},
 		},
 	})
 	if n, err := run(context.Background(), s, b); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}
+	if at, err := strconv.ParseInt(got.Header.Get("Webhook-Timestamp"), 10, 64); err != nil || time.Since(time.Unix(at, 0)).Abs() > time.Minute {
+		t.Errorf("webhook-timestamp %q", got.Header.Get("Webhook-Timestamp"))
+	}
+	got.Header.Del("Webhook-Timestamp")
 	want := http.Header{
-		"Ce-Specversion": {"1.0"}, "Ce-Id": {"7"}, "Ce-Source": {"test"}, "Ce-Type": {"a%20b"}, "Ce-Subject": {""},
+		"Webhook-Id": {"7"}, "Ce-Specversion": {"1.0"}, "Ce-Id": {"7"}, "Ce-Source": {"test"}, "Ce-Type": {"a%20b"}, "Ce-Subject": {""},
 		"Ce-Time": {"1970-01-01T00:00:01.000005Z"}, "Content-Type": {"application/json"}, "Ebb-Position": {"2:0/10:3"}, "Ebb-Origin": {"recovered"},
 		"Content-Length": {fmt.Sprint(len(payload))}, "X-Tenant": {"operator's"}, "X-Two": {"1", "2"}, "User-Agent": {"producer's"},
 		"Authorization": {"Basic dXMgZXI6cC93"},
