@@ -257,12 +257,13 @@ func TestOwnTableSurvivesTheLossOfItsSlot(t *testing.T) {
 	})
 }
 
+// dropSlot drops the slot, and the trailing one, from which it would come back.
 func (s *ownSite) dropSlot() {
 	s.t.Helper()
 	pgtest.Eventually(s.t, 20*time.Second, func() (bool, string) {
 		return pgtest.Value[int64](s.t, s.db, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1 AND NOT active", s.db.Name) == 1, "the slot is active"
 	})
-	s.db.Exec(s.t, fmt.Sprintf("SELECT pg_drop_replication_slot('%s')", s.db.Name))
+	s.db.Exec(s.t, fmt.Sprintf("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name IN ('%[1]s', '%[1]s_trail')", s.db.Name))
 }
 
 // Kills in the middle of delivery, marking and recovery: every row is in the stream once, and all are recorded in the end.
