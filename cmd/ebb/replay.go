@@ -213,7 +213,9 @@ func (r *replay) inPlace(ctx context.Context, from bridge.Place, survey bridge.S
 		}
 		if ctx.Err() != nil || err == nil && now.Active() && sleep.For(ctx, progressEvery) != nil {
 			bar.end()
-			fmt.Fprintf(r.out, "replay %d goes on in the bridge: ebb status shows it, and ebb replay --cancel ends it\n", id)
+			if !r.flags.json {
+				fmt.Fprintf(r.out, "replay %d goes on in the bridge: ebb status shows it, and ebb replay --cancel ends it\n", id)
+			}
 			return nil
 		}
 		switch {
