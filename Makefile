@@ -20,7 +20,7 @@ race: ## Run the shorter tests with the race detector
 lint: ## Check formatting and run the linters
 	.ci/run format vet lint
 
-fuzz: ## Run every fuzz target (FUZZ_TIME=5s each)
+fuzz: ## Run every fuzz target (FUZZ_TIME=3s each)
 	.ci/run fuzz
 
 torture: ## Have everything fail for TORTURE_TIME (1h), and count what is missing (TORTURE_FLAGS: go run ./bench/torture -h)

@@ -179,7 +179,7 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	// down, which must not wait for us.
 	held := make(chan struct{})
 	var turned atomic.Bool
-	stop, turn := context.WithCancel(stop)
+	streaming, turn := context.WithCancel(stop)
 	defer turn()
 	go func() {
 		defer close(held)
@@ -225,7 +225,7 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	}
 	if err == nil {
 		detach()
-		err = l.stream(stop, ctx)
+		err = l.stream(streaming, ctx)
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		return cause // of which err is a consequence

@@ -270,6 +270,7 @@ func TestPromotionDuringReplay(t *testing.T) {
 	p.awaitReplay(done, sql.ReplayDone)
 	p.streamed(p.nats, 20)
 	p.settle()
+	p.standby.WaitSynced(t, p.primary, p.slot) // while it is confirmed
 	r.stop()
 	r = p.runWith(killedAt(config(), "stream"))
 	id := p.requestReplay(commitOf(t, messages[5]))
@@ -283,7 +284,6 @@ func TestPromotionDuringReplay(t *testing.T) {
 		return !record.Reset, "it is not reset"
 	})
 	r.stop()
-	p.standby.WaitSynced(t, p.primary, p.slot)
 	p.standby.CatchUp(t, p.primary)
 	p.failover()
 	p.put(5)
