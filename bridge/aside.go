@@ -88,21 +88,34 @@ func (a *Aside) open(ctx context.Context, cfg *Config) (feed func(context.Contex
 	return func(ctx context.Context, in chan<- *event.Batch) error { return a.feedRows(ctx, db, in) }, db, record, func() error { return nil }, nil
 }
 
+// atOnce is how many events are handed on at once, at most: a tenth of a second's worth where there is a rate.
+func (a *Aside) atOnce(most int) int {
+	if a.Rate == 0 {
+		return most
+	}
+	return max(1, min(most, int(a.Rate/10)))
+}
+
+// ahead is by how much an aside that has sent so many events since it began is ahead of its rate; without one it never is.
+func (a *Aside) ahead(began time.Time, sent int) time.Duration {
+	if a.Rate == 0 {
+		return 0
+	}
+	return time.Until(began.Add(time.Duration(float64(sent) / a.Rate * float64(time.Second))))
+}
+
 // rowsPage is how many rows are read at once.
 const rowsPage = 500
 
 // feedRows hands on the rows of the managed buffer.
 func (a *Aside) feedRows(ctx context.Context, db *pgxConn, in chan<- *event.Batch) error {
-	after, page := int64(0), rowsPage
+	after, page := int64(0), a.atOnce(rowsPage)
 	if a.From.ID != "" {
 		id, err := strconv.ParseInt(a.From.ID, 10, 64)
 		if err != nil {
 			return fmt.Errorf("event %s is no row of ebb.buffer, whose ids are numbers", quoteShort(a.From.ID))
 		}
 		after = id - 1
-	}
-	if a.Rate > 0 {
-		page = max(1, min(page, int(a.Rate/10)))
 	}
 	began, sent := time.Now(), 0
 	for {
@@ -121,10 +134,8 @@ func (a *Aside) feedRows(ctx context.Context, db *pgxConn, in chan<- *event.Batc
 		if err != nil {
 			return err
 		}
-		if a.Rate > 0 {
-			if err := sleep.For(ctx, time.Until(began.Add(time.Duration(float64(sent)/a.Rate*float64(time.Second))))); err != nil {
-				return nil
-			}
+		if err := sleep.For(ctx, a.ahead(began, sent)); err != nil {
+			return nil
 		}
 		sent += len(rows)
 		select {
@@ -139,9 +150,7 @@ func (a *Aside) feedRows(ctx context.Context, db *pgxConn, in chan<- *event.Batc
 func (a *Aside) feed(ctx context.Context, t *tap, in chan<- *event.Batch) error {
 	within := newSection(a.From, a.To)
 	began, sent := time.Now(), 0
-	if a.Rate > 0 {
-		t.most = max(1, min(maxBatchEvents, int(a.Rate/10))) // ten batches a second
-	}
+	t.most = a.atOnce(maxBatchEvents)
 	for !t.ended() && !within.over {
 		batch, err := t.next(ctx)
 		if err != nil {
@@ -156,11 +165,8 @@ func (a *Aside) feed(ctx context.Context, t *tap, in chan<- *event.Batch) error 
 			batch.Release()
 			continue
 		}
-		if a.Rate > 0 {
-			due := began.Add(time.Duration(float64(sent) / a.Rate * float64(time.Second)))
-			if err := t.pause(ctx, time.Until(due)); err != nil {
-				return ignoreEnd(ctx, err)
-			}
+		if err := t.pause(ctx, a.ahead(began, sent)); err != nil {
+			return ignoreEnd(ctx, err)
 		}
 		sent += n
 		if err := t.out.Hand(ctx, in, batch); err != nil {
