@@ -289,11 +289,8 @@ func (o *ownReader) page(ctx context.Context, r *recovery, columns []replication
 			return err
 		}
 	}
-	switch ok, err := r.resume(ctx); {
-	case err != nil:
+	if err := r.resume(ctx); err != nil {
 		return err
-	case !ok:
-		return errForgot
 	}
 	batch := event.NewBatch()
 	at := r.at()
@@ -421,19 +418,19 @@ type recovery struct {
 // at is the position of the events that come next.
 func (r *recovery) at() event.Position { return r.f.recoveredAt(r.position) }
 
-// resume asks the destination for its end before a page. It returns false if that has forgotten what was just delivered.
-func (r *recovery) resume(ctx context.Context) (bool, error) {
+// resume asks the destination for its end before a page. The error is errForgot if that has forgotten what was just delivered.
+func (r *recovery) resume(ctx context.Context) error {
 	tail, err := r.l.Sink.Resume(ctx, sink.Known{Source: r.f.source, Position: r.position, Sequence: r.seq})
 	if err != nil {
-		return false, &sinkError{err}
+		return &sinkError{err}
 	}
 	switch {
 	case r.f.remembers && tail.Last < r.seq:
-		return false, nil
+		return errForgot
 	case tail.Last > r.seq:
 		// What the leader before this one had sent off has arrived only now.
 		if err := r.l.addHeld(ctx, r.held, r.seq); err != nil {
-			return false, err
+			return err
 		}
 		r.seq = tail.Last
 	}
@@ -441,7 +438,7 @@ func (r *recovery) resume(ctx context.Context) (bool, error) {
 		r.position = tail.Position
 	}
 	r.lastSeq = max(r.lastSeq, tail.Sequence)
-	return true, nil
+	return nil
 }
 
 // deliver delivers a page of events that have a position, and releases it. It returns how many they were.

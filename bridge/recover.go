@@ -85,11 +85,8 @@ func (l *leader) recoverManaged(ctx context.Context, r *recovery) error {
 		if err != nil || len(rows) == 0 {
 			return err
 		}
-		switch ok, err := r.resume(ctx); {
-		case err != nil:
+		if err := r.resume(ctx); err != nil {
 			return err
-		case !ok:
-			return errForgot
 		}
 		at := r.at()
 		batch, err := recoveredBatch(at, rows, r.held)

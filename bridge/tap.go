@@ -82,7 +82,7 @@ func (t *tap) next(ctx context.Context) (*event.Batch, error) {
 				return batch, nil
 			}
 		}
-		if len(batch.Events) > 0 || t.until == 0 {
+		if len(batch.Events) > 0 {
 			return batch, nil
 		}
 		if err := t.out.Fill(ctx, true); err != nil {
