@@ -75,6 +75,65 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 	return nil
 }
 
+// recovery is the delivery of rows that were there before the slot.
+type recovery struct {
+	l    *leader
+	f    *facts
+	held *holdings
+	// position is that of the last event that is delivered, seq the last sequence number of the destination, and lastSeq the last one for which
+	// the recovery's tick stands: where others publish as well, it is to be one of ours.
+	position     event.Position
+	seq, lastSeq uint64
+}
+
+// at is the position of the events that come next.
+func (r *recovery) at() event.Position { return r.f.recoveredAt(r.position) }
+
+// resume asks the destination for its end before a page. The error is errForgot if that has forgotten what was just delivered.
+func (r *recovery) resume(ctx context.Context) error {
+	tail, err := r.l.Sink.Resume(ctx, sink.Known{Source: r.f.source, Position: r.position, Sequence: r.seq})
+	if err != nil {
+		return &sinkError{err}
+	}
+	switch {
+	case r.f.remembers && tail.Last < r.seq:
+		return errForgot
+	case tail.Last > r.seq:
+		// What the leader before this one had sent off has arrived only now.
+		if err := r.l.addHeld(ctx, r.held, r.seq); err != nil {
+			return err
+		}
+		r.seq = tail.Last
+	}
+	if tail.Position.Compare(r.position) > 0 {
+		r.position = tail.Position
+	}
+	r.lastSeq = max(r.lastSeq, tail.Sequence)
+	return nil
+}
+
+// deliver delivers a page of events that have a position, and releases it. It returns how many they were.
+func (r *recovery) deliver(ctx context.Context, batch *event.Batch, at event.Position) (int, error) {
+	n := len(batch.Events)
+	if n == 0 {
+		batch.Release()
+		return 0, nil
+	}
+	in := make(chan *event.Batch, 1)
+	in <- batch
+	close(in)
+	var last uint64
+	if err := r.l.Sink.Run(ctx, in, func(p sink.Progress) { last = p.Sequence }); err != nil {
+		return 0, &sinkError{err}
+	}
+	r.position = at
+	r.seq, r.lastSeq = max(r.seq, last), max(r.lastSeq, last)
+	return n, nil
+}
+
+// errForgot says that the destination has forgotten what was just delivered.
+var errForgot = errors.New("the destination has forgotten")
+
 // recoverManaged delivers the rows of the managed table, by id.
 func (l *leader) recoverManaged(ctx context.Context, r *recovery) error {
 	for {
