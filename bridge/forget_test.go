@@ -342,15 +342,8 @@ func TestForeignMessagesInTheStream(t *testing.T) {
 // forgetBehind leaves a stream that holds the first n of the messages.
 func (f *fixture) forgetBehind(server *natstest.Server, messages []natstest.Msg, n int) {
 	f.t.Helper()
-	js := server.JetStream(f.t)
-	cfg := stream(f.t, server).CachedInfo().Config
-	if err := js.DeleteStream(f.t.Context(), "EBB"); err != nil {
-		f.t.Fatal(err)
-	}
-	if _, err := js.CreateStream(f.t.Context(), cfg); err != nil {
-		f.t.Fatal(err)
-	}
-	restoreTail(f.t, js, messages[:n], nil)
+	server.RecreateStream(f.t, stream(f.t, server).CachedInfo().Config)
+	restoreTail(f.t, server.JetStream(f.t), messages[:n], nil)
 }
 
 // restoreTail publishes messages again, as change leaves them.

@@ -2,6 +2,7 @@
 package natstest
 
 import (
+	"context"
 	"math/rand/v2"
 	"net"
 	"strconv"
@@ -146,4 +147,18 @@ func (s *Server) JetStream(t testing.TB) jetstream.JetStream {
 		t.Fatal(err)
 	}
 	return js
+}
+
+// RecreateStream deletes the stream and creates it anew, empty. The server removes the directory of an account's last stream a little
+// after the deletion (stream.go, stop), also under a stream that has been created since, which then fails: it is tried again.
+func (s *Server) RecreateStream(t testing.TB, cfg jetstream.StreamConfig) {
+	t.Helper()
+	js := s.JetStream(t)
+	if err := js.DeleteStream(t.Context(), cfg.Name); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func(ctx context.Context) error {
+		_, err := js.CreateStream(ctx, cfg)
+		return err
+	})
 }

@@ -512,12 +512,10 @@ func TestStreamReplacedWhileRunning(t *testing.T) {
 		for n := 0; n < 3; {
 			n += <-delivered
 		}
-		js := server.JetStream(t)
-		if err := js.DeleteStream(t.Context(), "EBB"); err != nil {
-			t.Fatal(err)
-		}
 		if again {
-			create(t, server, natsjs.StreamConfig{Name: "EBB", Subjects: []string{"ebb.>"}})
+			server.RecreateStream(t, natsjs.StreamConfig{Name: "EBB", Subjects: []string{"ebb.>"}})
+		} else if err := server.JetStream(t).DeleteStream(t.Context(), "EBB"); err != nil {
+			t.Fatal(err)
 		}
 		in <- batchOf(2, 3, nil)
 		if err := <-done; !errors.Is(err, sink.ErrChanged) {
