@@ -50,11 +50,11 @@ func RunAside(ctx context.Context, cfg Config, a Aside) (err error) {
 	in := make(chan *event.Batch, handedBatches)
 	g.Go(func() error {
 		defer cancel()
-		return cfg.Sink.Run(running, in, func(p sink.Progress) {
+		return cfg.Sink.Run(running, in, sink.Outcome{Delivered: func(p sink.Progress) {
 			if a.Delivered != nil {
 				a.Delivered(p.Events)
 			}
-		})
+		}})
 	})
 	g.Go(func() error {
 		defer close(in)

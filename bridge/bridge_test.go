@@ -411,7 +411,7 @@ type lastGaspSink struct {
 	took chan []event.Event
 }
 
-func (s *lastGaspSink) Run(ctx context.Context, in <-chan *event.Batch, _ sink.Delivered) error {
+func (s *lastGaspSink) Run(ctx context.Context, in <-chan *event.Batch, _ sink.Outcome) error {
 	var took []event.Event
 	for n := 0; ; n++ {
 		if n == 20 { // the socket is full by now, and the reader has several batches at hand

@@ -298,7 +298,7 @@ func (s *testSink) Resume(ctx context.Context, known sink.Known) (sink.Tail, err
 	return sink.Tail{Position: known.Position}, nil
 }
 
-func (s *testSink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {
+func (s *testSink) Run(ctx context.Context, in <-chan *event.Batch, out sink.Outcome) error {
 	for {
 		var b *event.Batch
 		select {
@@ -314,7 +314,7 @@ func (s *testSink) Run(ctx context.Context, in <-chan *event.Batch, delivered si
 		s.received += len(b.Events)
 		s.mu.Unlock()
 		for i := range b.Events {
-			if err := s.deliver(ctx, &b.Events[i], delivered); err != nil {
+			if err := s.deliver(ctx, &b.Events[i], out.Delivered); err != nil {
 				return err
 			}
 		}

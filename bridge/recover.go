@@ -123,7 +123,7 @@ func (r *recovery) deliver(ctx context.Context, batch *event.Batch, at event.Pos
 	in <- batch
 	close(in)
 	var last uint64
-	if err := r.l.Sink.Run(ctx, in, func(p sink.Progress) { last = p.Sequence }); err != nil {
+	if err := r.l.Sink.Run(ctx, in, sink.Outcome{Delivered: func(p sink.Progress) { last = p.Sequence }}); err != nil {
 		return 0, &sinkError{err}
 	}
 	r.position = at

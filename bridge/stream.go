@@ -105,7 +105,7 @@ func (l *leader) stream(stop, ctx context.Context) error {
 	var g errgroup.Group
 	g.Go(func() error {
 		defer close(sunk)
-		err := l.Sink.Run(running, in, l.delivered)
+		err := l.Sink.Run(running, in, sink.Outcome{Delivered: l.delivered})
 		if err == nil {
 			return nil // in is closed, and what was delivered last is still to be marked
 		}

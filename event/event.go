@@ -11,6 +11,8 @@ const (
 	Streamed Origin = ""
 	// Recovered events were read from the buffer table, in id order, because the slot did not hold them.
 	Recovered Origin = "recovered"
+	// Retried events were set aside in the dead letters when they came by.
+	Retried Origin = "retry"
 )
 
 // Header is one of the headers that the producer gave to an event.
@@ -21,7 +23,7 @@ type Header struct {
 // Event is one row of a buffer table, or one message, on its way to the sink. Its byte slices point into the [Batch] that
 // carries it and are valid until that batch is released.
 type Event struct {
-	// Position orders the event. A recovered event repeats the position of the event before it, or stands at the beginning of an epoch.
+	// Position orders the event. A recovered or retried event repeats the position of the event before it, or stands at the beginning of an epoch.
 	Position Position
 	// ID is the same in every delivery of this event.
 	ID []byte

@@ -22,13 +22,13 @@ type Sink interface {
 	// known to be in it.
 	Resume(ctx context.Context, known Known) (Tail, error)
 
-	// Run delivers the batches from in, in order. It calls delivered as soon as the destination has said so, from
+	// Run delivers the batches from in, in order. It calls out.Delivered as soon as the destination has said so, from
 	// one goroutine, and releases each batch when it no longer needs it. Back-pressure is not receiving from in.
 	//
 	// When in is closed, Run delivers what it has and returns nil. When ctx ends it returns the context's error at once; what
-	// was in flight then may or may not have been delivered. A *RejectedError says that one event cannot be delivered:
-	// everything before it has been, and delivered was called for it.
-	Run(ctx context.Context, in <-chan *event.Batch, delivered Delivered) error
+	// was in flight then may or may not have been delivered. Where nothing is parked, a *RejectedError says that one event cannot be
+	// delivered: everything before it has been, and out.Delivered was called for it.
+	Run(ctx context.Context, in <-chan *event.Batch, out Outcome) error
 
 	// Close frees what Resume and Run opened.
 	Close() error
@@ -82,16 +82,28 @@ type Tail struct {
 	Source Source
 }
 
+// Outcome is who is told what comes of the events of a Run.
+type Outcome struct {
+	Delivered Delivered
+	// Dead, unless nil, keeps what is not delivered.
+	Dead DeadLetters
+	// Block says that nothing is parked for what its destination says or does not say, although what is parked already is asked for.
+	Block bool
+}
+
+// Parks reports whether an event that cannot be delivered is parked.
+func (o *Outcome) Parks() bool { return o.Dead != nil && !o.Block }
+
 // Delivered is told what has been delivered since it was last called.
 type Delivered func(Progress)
 
-// Progress says that the next events handed to Run are delivered, as all before them are.
+// Progress says that the next events handed to Run are delivered, as all before them are. One that the dead letters keep counts as delivered.
 type Progress struct {
 	// Events is how many they are.
 	Events int
-	// Position is that of the last one.
+	// Position is that of the last one. Where the destination remembers positions, it is that of the last one which it stores.
 	Position event.Position
-	// Sequence is where the destination stores the last one, or 0 if it does not number what it stores.
+	// Sequence is where the destination stores that, or 0 if it does not number what it stores.
 	Sequence uint64
 }
 

@@ -48,7 +48,7 @@ var roles = map[string]rights{
 			"buffer": "SELECT", "migration": "SELECT", "identity": "SELECT", "message_token": "SELECT", "removed": "SELECT", "flow": "SELECT INSERT UPDATE",
 			"slot": "SELECT INSERT UPDATE DELETE", "tick": "SELECT INSERT UPDATE DELETE", "epoch": "SELECT INSERT UPDATE DELETE",
 			"buffer_id_seq": "SELECT", "own_table": "SELECT INSERT UPDATE DELETE",
-			"replay": "SELECT INSERT UPDATE"},
+			"replay": "SELECT INSERT UPDATE", "dead_letter": "SELECT INSERT UPDATE DELETE"},
 		columns: map[string]string{"buffer.xid": "UPDATE"},
 		functions: map[string]string{
 			"flow_state(text)":                      `ebb.flow_state('s')`,

@@ -44,9 +44,9 @@ type publisher struct {
 }
 
 // Run publishes the batches.
-func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {
+func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, out sink.Outcome) error {
 	p := &publisher{
-		Sink: s, delivered: delivered, begin: newPipelined(s).begin, end: s.end,
+		Sink: s, delivered: out.Delivered, begin: newPipelined(s).begin, end: s.end,
 		quiet: quiet.New(s.log), busy: quiet.New(s.log), strangers: quiet.New(s.log),
 	}
 	defer p.release()

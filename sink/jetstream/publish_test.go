@@ -150,14 +150,14 @@ func (p *publishing) run() {
 	p.t.Cleanup(func() { cancel(); <-p.done })
 	go func() {
 		defer close(p.done)
-		p.err = p.sink.Run(ctx, p.in, func(progress sink.Progress) {
+		p.err = p.sink.Run(ctx, p.in, sink.Outcome{Delivered: func(progress sink.Progress) {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			p.delivered += progress.Events
 			p.progress = append(p.progress, progress)
 			close(p.changed)
 			p.changed = make(chan struct{})
-		})
+		}})
 	}()
 }
 

@@ -134,7 +134,7 @@ func deliver(ctx context.Context, t *testing.T, s *jetstream.Sink, known sink.Kn
 	}
 	close(in)
 	n := 0
-	err := s.Run(ctx, in, func(p sink.Progress) { n += p.Events })
+	err := s.Run(ctx, in, sink.Outcome{Delivered: func(p sink.Progress) { n += p.Events }})
 	return n, err
 }
 
@@ -326,7 +326,9 @@ func TestZombie(t *testing.T) {
 	in := make(chan *event.Batch)
 	delivered := make(chan int, 10)
 	done := make(chan error)
-	go func() { done <- zombie.Run(t.Context(), in, func(p sink.Progress) { delivered <- p.Events }) }()
+	go func() {
+		done <- zombie.Run(t.Context(), in, sink.Outcome{Delivered: func(p sink.Progress) { delivered <- p.Events }})
+	}()
 	in <- batchOf(1, 3, nil)
 	if n := <-delivered; n != 3 {
 		t.Errorf("%d events were reported", n)
@@ -507,7 +509,9 @@ func TestStreamReplacedWhileRunning(t *testing.T) {
 			t.Fatal(err)
 		}
 		in, done, delivered := make(chan *event.Batch), make(chan error), make(chan int, 10)
-		go func() { done <- s.Run(t.Context(), in, func(p sink.Progress) { delivered <- p.Events }) }()
+		go func() {
+			done <- s.Run(t.Context(), in, sink.Outcome{Delivered: func(p sink.Progress) { delivered <- p.Events }})
+		}()
 		in <- batchOf(1, 3, nil)
 		for n := 0; n < 3; {
 			n += <-delivered

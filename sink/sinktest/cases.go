@@ -81,7 +81,7 @@ func cancelled(f *fixture) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	in := make(chan *event.Batch)
-	if err := f.sink.Run(ctx, in, func(sink.Progress) { f.t.Error("delivered is called") }); !errors.Is(err, context.Canceled) {
+	if err := f.sink.Run(ctx, in, sink.Outcome{Delivered: func(sink.Progress) { f.t.Error("delivered is called") }}); !errors.Is(err, context.Canceled) {
 		f.t.Errorf("run with an ended context: got %v, want that the context was canceled", err)
 	}
 }

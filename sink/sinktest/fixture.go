@@ -122,7 +122,7 @@ func (f *fixture) start(messages []Message) *running {
 	go func() { // ended is waited for by the cleanup below, at the latest
 		defer close(r.ended)
 		r.err = errors.New("the goroutine of Run was ended by a harness")
-		r.err = s.Run(ctx, r.in, r.onDelivered)
+		r.err = s.Run(ctx, r.in, sink.Outcome{Delivered: r.onDelivered})
 	}()
 	f.t.Cleanup(func() {
 		cancel()

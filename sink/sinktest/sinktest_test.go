@@ -119,7 +119,7 @@ func (s *memorySink) Resume(context.Context, sink.Known) (sink.Tail, error) {
 	return sink.Tail{Position: s.memory.messages[n-1].Position}, nil
 }
 
-func (s *memorySink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {
+func (s *memorySink) Run(ctx context.Context, in <-chan *event.Batch, out sink.Outcome) error {
 	if s.fault == "takes everything" {
 		all := make(chan *event.Batch, 1_000_000)
 		source := in
@@ -166,7 +166,7 @@ func (s *memorySink) Run(ctx context.Context, in <-chan *event.Batch, delivered 
 				if s.fault == "drops the last" && events[i].Position.Index > 4 {
 					continue
 				}
-				if err := s.deliver(ctx, &events[i], delivered); err != nil {
+				if err := s.deliver(ctx, &events[i], out.Delivered); err != nil {
 					return err
 				}
 			}

@@ -73,7 +73,7 @@ func (s *Sink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) 
 }
 
 // Run writes the batches from in. An error of Write is final: a pipe whose reader went away does not come back.
-func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {
+func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, out sink.Outcome) error {
 	if err := s.settle(ctx); err != nil {
 		return err
 	}
@@ -95,7 +95,7 @@ func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.D
 				if err != nil {
 					return err
 				}
-				delivered(sink.Progress{Events: w.n, Position: w.upTo})
+				out.Delivered(sink.Progress{Events: w.n, Position: w.upTo})
 			}
 			if rejected != nil {
 				return rejected

@@ -136,7 +136,7 @@ func TestOneWriteABatch(t *testing.T) {
 	in <- batch("1", "2", "3")
 	in <- batch("4")
 	close(in)
-	if err := s.Run(context.Background(), in, func(sink.Progress) {}); err != nil {
+	if err := s.Run(context.Background(), in, sink.Outcome{Delivered: func(sink.Progress) {}}); err != nil {
 		t.Fatal(err)
 	}
 	if out.writes != 2 {
@@ -158,7 +158,7 @@ func TestWriteError(t *testing.T) {
 	s := stdout.New(stdout.Config{Out: w})
 	in := make(chan *event.Batch, 1)
 	in <- batch("1")
-	err = s.Run(context.Background(), in, func(sink.Progress) { t.Error("delivered to nobody") })
+	err = s.Run(context.Background(), in, sink.Outcome{Delivered: func(sink.Progress) { t.Error("delivered to nobody") }})
 	if !errors.Is(err, os.ErrClosed) && !strings.Contains(err.Error(), "broken pipe") {
 		t.Errorf("got %v, want that the pipe is broken", err)
 	}
@@ -175,7 +175,9 @@ func TestBlockedReader(t *testing.T) {
 	in := make(chan *event.Batch)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
-	go func() { ended <- s.Run(ctx, in, func(sink.Progress) { t.Error("delivered to nobody") }) }()
+	go func() {
+		ended <- s.Run(ctx, in, sink.Outcome{Delivered: func(sink.Progress) { t.Error("delivered to nobody") }})
+	}()
 	in <- batch("1", "2")
 	first := make([]byte, 1) // the write is under way
 	if _, err := r.Read(first); err != nil {
@@ -201,7 +203,7 @@ func TestBlockedReader(t *testing.T) {
 	in2 := make(chan *event.Batch, 1)
 	in2 <- batch("3")
 	close(in2)
-	if err := s.Run(context.Background(), in2, func(sink.Progress) {}); err != nil {
+	if err := s.Run(context.Background(), in2, sink.Outcome{Delivered: func(sink.Progress) {}}); err != nil {
 		t.Error(err)
 	}
 	w.Close()

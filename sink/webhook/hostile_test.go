@@ -405,7 +405,7 @@ func TestStuckKey(t *testing.T) {
 			var progress sink.Progress
 			n := 0
 			go func() {
-				ended <- s.Run(context.Background(), in, func(p sink.Progress) { n += p.Events; progress = p })
+				ended <- s.Run(context.Background(), in, sink.Outcome{Delivered: func(p sink.Progress) { n += p.Events; progress = p }})
 			}()
 			of := map[string]int{}
 			batch := func(from, to int) *event.Batch {

@@ -251,8 +251,8 @@ func (s *Sink) Resume(_ context.Context, known sink.Known) (sink.Tail, error) {
 
 // Run delivers the events of the batches from in, those of different keys at the same time. A receiver that is away, or says anything
 // but 2xx, is asked again and again.
-func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, delivered sink.Delivered) error {
-	r := &running{sink: s, lanes: newLanes(s.limits), delivered: delivered, outcomes: make(chan outcome, s.limits.requests)}
+func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, out sink.Outcome) error {
+	r := &running{sink: s, lanes: newLanes(s.limits), delivered: out.Delivered, outcomes: make(chan outcome, s.limits.requests)}
 	return r.run(ctx, in)
 }
 

@@ -231,7 +231,7 @@ func run(ctx context.Context, s *Sink, batches ...*event.Batch) (int, error) {
 	}
 	close(in)
 	n := 0
-	err := s.Run(ctx, in, func(p sink.Progress) { n += p.Events })
+	err := s.Run(ctx, in, sink.Outcome{Delivered: func(p sink.Progress) { n += p.Events }})
 	return n, err
 }
 
