@@ -4,17 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"ebb/bench/rig"
 )
 
 // backlog fills the buffer while no bridge runs, asks how much waits, and has a bridge drain it.
 func (b *bench) backlog(ctx context.Context) error {
-	if err := b.setup(ctx, ""); err != nil {
+	if err := b.Setup(ctx, "stdout", ""); err != nil {
 		return err
 	}
-	db, err := b.connect(ctx)
+	db, err := b.Connect(ctx)
 	if err != nil {
 		return err
 	}
@@ -35,21 +38,21 @@ func (b *bench) backlog(ctx context.Context) error {
 		var n int64
 		for range 5 {
 			began := time.Now()
-			if n, err = value[int64](ctx, db, query); err != nil {
+			if n, err = rig.Value[int64](ctx, db, query); err != nil {
 				return err
 			}
 			times = append(times, time.Since(began))
 		}
-		fmt.Fprintf(b.out, "  %-40s %10d   %9s\n", query, n, median(times).Round(100*time.Microsecond))
+		fmt.Fprintf(b.out, "  %-40s %10d   %9s\n", query, n, rig.Median(times).Round(100*time.Microsecond))
 	}
-	stop, err := b.run(ctx)
+	bridge, err := b.Start(ctx, os.Stderr)
 	if err != nil {
 		return err
 	}
 	began := time.Now()
 	err = awaitDrained(ctx, db)
 	took := time.Since(began)
-	peak, stopErr := stop()
+	peak, stopErr := bridge.Stop()
 	if err := errors.Join(err, stopErr); err != nil {
 		return err
 	}
@@ -59,7 +62,7 @@ func (b *bench) backlog(ctx context.Context) error {
 
 func awaitDrained(ctx context.Context, db *pgx.Conn) error {
 	for {
-		n, err := value[int64](ctx, db, "SELECT events FROM ebb.backlog_size()")
+		n, err := rig.Value[int64](ctx, db, "SELECT events FROM ebb.backlog_size()")
 		if err != nil || n == 0 {
 			return err
 		}

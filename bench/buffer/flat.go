@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"time"
 )
@@ -17,21 +18,21 @@ const (
 // flat has a bridge deliver and collect while events come at a steady rate, for some turns of the ring, and says after each one how large the
 // buffer is, how long the slowest put took, and what vacuum had to do.
 func (b *bench) flat(ctx context.Context) error {
-	if err := b.setup(ctx, "recorded: {keep: "+keep+"}\n"); err != nil {
+	if err := b.Setup(ctx, "stdout", "recorded: {keep: "+keep+"}\n"); err != nil {
 		return err
 	}
-	stop, err := b.run(ctx)
+	bridge, err := b.Start(ctx, os.Stderr)
 	if err != nil {
 		return err
 	}
 	err = b.load(ctx)
-	peak, stopErr := stop()
+	peak, stopErr := bridge.Stop()
 	fmt.Fprintf(b.out, "peak memory of ebb run: %d MB\n", peak>>20)
 	return errors.Join(err, stopErr)
 }
 
 func (b *bench) load(ctx context.Context) error {
-	db, err := b.connect(ctx)
+	db, err := b.Connect(ctx)
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"ebb/bench/rig"
 )
 
 // ways are the ways of putting an event that are compared; the first one is the reference.
@@ -23,10 +25,10 @@ const payload = `{"order": 7, "customer": 1000123, "total": "12.50", "currency":
 
 // put compares the ways, a transaction an event, in empty tables and in ones that hold rows.
 func (b *bench) put(ctx context.Context) error {
-	if err := b.setup(ctx, ""); err != nil {
+	if err := b.Setup(ctx, "stdout", ""); err != nil {
 		return err
 	}
-	db, err := b.connect(ctx)
+	db, err := b.Connect(ctx)
 	if err != nil {
 		return err
 	}
@@ -60,7 +62,7 @@ func (b *bench) put(ctx context.Context) error {
 		}
 		fmt.Fprintf(b.out, "\nputs, one in a transaction, into tables of %d rows:\n", rows)
 		for i, way := range ways {
-			fmt.Fprintf(b.out, "  %-28s %8s an event   × %.2f\n", way.name, median(times[i]).Round(100*time.Nanosecond), median(ratios[i]))
+			fmt.Fprintf(b.out, "  %-28s %8s an event   × %.2f\n", way.name, rig.Median(times[i]).Round(100*time.Nanosecond), rig.Median(ratios[i]))
 		}
 	}
 	return nil

@@ -3,11 +3,12 @@ package main
 import (
 	"context"
 	"fmt"
-	"os/exec"
-	"path/filepath"
+	"os"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"ebb/bench/rig"
 )
 
 // stepBytes is as much log as the trailing slot is advanced by at once.
@@ -16,15 +17,15 @@ const stepBytes = 256 << 20
 // trail says what the trailing slot keeps, and how long it takes to advance it by a step: of events, of what others write, and while a transaction is
 // open from before that; and how fast a replay is, beside the first delivery.
 func (b *bench) trail(ctx context.Context) error {
-	if err := b.setup(ctx, ""); err != nil {
+	if err := b.Setup(ctx, "stdout", ""); err != nil {
 		return err
 	}
-	stop, err := b.run(ctx)
+	bridge, err := b.Start(ctx, os.Stderr)
 	if err != nil {
 		return err
 	}
-	defer func() { _, _ = stop() }() // its memory is measured elsewhere
-	db, err := b.connect(ctx)
+	defer func() { _, _ = bridge.Stop() }() // its memory is measured elsewhere
+	db, err := b.Connect(ctx)
 	if err != nil {
 		return err
 	}
@@ -45,8 +46,8 @@ func (b *bench) trail(ctx context.Context) error {
 	first := time.Since(began)
 
 	began = time.Now()
-	if text, err := exec.CommandContext(ctx, b.ebb, "replay", "--config", filepath.Join(b.dir, "ebb.yaml"), "--from", "trail").CombinedOutput(); err != nil {
-		return fmt.Errorf("ebb replay: %w\n%s", err, text)
+	if err := b.Ebb(ctx, "replay", "--from", "trail"); err != nil {
+		return err
 	}
 	fmt.Fprintf(b.out, "\n%d events: put and delivered in %s, read, counted and replayed in %s\n", count, first.Round(100*time.Millisecond),
 		time.Since(began).Round(100*time.Millisecond))
@@ -71,14 +72,14 @@ func (b *bench) trail(ctx context.Context) error {
 			}
 			times = append(times, took)
 		}
-		fmt.Fprintf(b.out, "  %-55s %6s\n", what.name, median(times).Round(time.Millisecond))
+		fmt.Fprintf(b.out, "  %-55s %6s\n", what.name, rig.Median(times).Round(time.Millisecond))
 	}
 	return b.kept(ctx, db)
 }
 
 // fill runs a statement until it has written a step of log, and returns how many rows that made.
 func (b *bench) fill(ctx context.Context, db *pgx.Conn, query string) (rows int64, err error) {
-	from, err := value[string](ctx, db, "SELECT pg_current_wal_lsn()::text")
+	from, err := rig.Value[string](ctx, db, "SELECT pg_current_wal_lsn()::text")
 	if err != nil {
 		return 0, err
 	}
@@ -88,7 +89,7 @@ func (b *bench) fill(ctx context.Context, db *pgx.Conn, query string) (rows int6
 			return 0, err
 		}
 		rows += tag.RowsAffected()
-		if written, err = value[int64](ctx, db, "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), $1::text::pg_lsn)::bigint", from); err != nil {
+		if written, err = rig.Value[int64](ctx, db, "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), $1::text::pg_lsn)::bigint", from); err != nil {
 			return 0, err
 		}
 	}
@@ -98,7 +99,7 @@ func (b *bench) fill(ctx context.Context, db *pgx.Conn, query string) (rows int6
 // advance measures one step.
 func (b *bench) advance(ctx context.Context, db *pgx.Conn, query string, open bool) (time.Duration, error) {
 	if open {
-		other, err := b.connect(ctx)
+		other, err := b.Connect(ctx)
 		if err != nil {
 			return 0, err
 		}
