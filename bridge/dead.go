@@ -77,10 +77,11 @@ type deadLetters struct {
 	// What follows is used by the goroutine alone.
 
 	due deadHeap
-	// alone are the queues of events without a key, by number, up to aloneThrough; aloneMore says that there may be more behind that.
+	// alone are the queues of events without a key, by number, up to aloneThrough; aloneMore says that there may be more behind that, and aloneDue that
+	// they are due, and were not set aside a moment ago.
 	alone                 map[int64]*deadQueue
 	aloneThrough          int64
-	aloneMore             bool
+	aloneMore, aloneDue   bool
 	underWay              int
 	underWayBytes         int
 	nextLook, nextCollect time.Time
@@ -429,7 +430,7 @@ func (d *deadLetters) run(ctx context.Context) error {
 			}
 		}
 		if w.finish {
-			if w.isNone() {
+			if len(w.letters) == 0 && len(w.dones) == 0 {
 				return nil
 			}
 			continue
@@ -500,8 +501,9 @@ func (d *deadLetters) store(ctx context.Context, w *work) error {
 			q.waiting--
 			if !q.known {
 				// The first letters of a key.
-				q.known, q.parked = true, !l.Retry
-				q.due = d.afterWait(q, 0)
+				if q.known, q.parked = true, !l.Retry; l.Retry {
+					q.due = d.afterWait(q, 0)
+				}
 			}
 			d.schedule(q)
 		case l.Retry:
@@ -612,7 +614,6 @@ func (d *deadLetters) settle(ctx context.Context, w *work) error {
 			continue
 		case f.Rejected:
 			q.parked, q.wait, q.most = true, nil, 1
-			d.cfg.Logger.Warn("an event was rejected once more; its key is held in the dead letters", "slot", w.record.Name, "key", *q.key, "reason", f.Reason)
 		default:
 			q.due, q.most = d.afterWait(q, f.After), 1
 		}
@@ -659,20 +660,22 @@ func (d *deadLetters) lookAtTable(ctx context.Context, w *work) error {
 		}
 	}
 	d.mu.Unlock()
-	d.aloneThrough, d.aloneMore = 0, true
+	d.aloneThrough, d.aloneMore, d.aloneDue = 0, true, true
 	d.looking = time.Since(began)
 	d.nextLook = time.Now().Add(max(lookEvery, lookShare*d.looking))
 	return nil
 }
 
-// unhold lets a key go of which there are no rows, unless letters wait for their commit. Then there will be.
+// unhold lets a key go of which there are no rows, unless letters wait for their commit. Then there will be, and nothing keeps them from being
+// delivered.
 func (d *deadLetters) unhold(q *deadQueue) {
 	q.parked = false
+	if q.index >= 0 {
+		heap.Remove(&d.due, q.index)
+	}
 	if q.waiting == 0 {
-		q.parked = true // and so not scheduled
 		delete(d.held, *q.key)
 	}
-	d.schedule(q)
 }
 
 // retry hands over what is due, as far as there may be more under way, and returns when it is to be called again at the latest.
@@ -741,9 +744,13 @@ func (d *deadLetters) findAlone(ctx context.Context, slot string) error {
 			continue
 		}
 		q := &deadQueue{number: n, index: -1, most: 1, due: time.Now()}
+		if !d.aloneDue {
+			q.due = d.afterWait(q, 0)
+		}
 		d.alone[n] = q
 		d.schedule(q)
 	}
+	d.aloneDue = d.aloneDue && d.aloneMore
 	return nil
 }
 
@@ -795,10 +802,8 @@ func (d *deadLetters) collect(ctx context.Context, w *work) error {
 
 // readDead finds out, before a stream starts, which of the kept events are delivered, and which may come by again.
 func (l *leader) readDead(ctx context.Context) (map[string]passedEvent, error) {
-	if scanner, ok := l.Sink.(sink.Scanner); ok {
-		if err := l.findRetried(ctx, scanner); err != nil {
-			return nil, err
-		}
+	if err := l.findRetried(ctx, l.recorded, l.holds); err != nil {
+		return nil, err
 	}
 	passed := map[string]passedEvent{}
 	err := sql.PassedLetters(ctx, l.db, l.Slot, l.slot.ConfirmedFlush, false, func(p sql.PassedLetter) {
@@ -812,9 +817,15 @@ func (l *leader) readDead(ctx context.Context) (map[string]passedEvent, error) {
 	return passed, err
 }
 
-// findRetried finds out what a destination holds of the kept events that is not recorded, and what it has forgotten that is.
-func (l *leader) findRetried(ctx context.Context, scanner sink.Scanner) error {
-	if err := sql.StoreForgotten(ctx, l.db, l.record, l.Destination, l.holds); err != nil {
+// findRetried finds out what a destination that can tell has of the kept events, in messages behind a sequence number, without that it is recorded;
+// and what it has forgotten, as it ends at another one, that is. A tick was stored only when the outcome of every retry before it was, so that these
+// are behind the newest one.
+func (l *leader) findRetried(ctx context.Context, after, holds uint64) error {
+	scanner, ok := l.Sink.(sink.Scanner)
+	if !ok {
+		return nil
+	}
+	if err := sql.StoreForgotten(ctx, l.db, l.record, l.Destination, holds); err != nil {
 		return err
 	}
 	waits, err := sql.HasLetters(ctx, l.db, l.Slot)
@@ -830,8 +841,7 @@ func (l *leader) findRetried(ctx context.Context, scanner sink.Scanner) error {
 		found = found[:0]
 		return err
 	}
-	// A tick was stored only when the outcome of every retry before it was.
-	err = scanner.Scan(ctx, l.recorded, func(m sink.Stored) error {
+	err = scanner.Scan(ctx, after, func(m sink.Stored) error {
 		if m.Origin != event.Retried {
 			return nil
 		}

@@ -463,7 +463,8 @@ func storeAttempts(ctx context.Context, db *pgx.Conn, r SlotRecord, destination 
 			FROM slot, f WHERE d.number = f.number AND d.slot = slot.name
 		), parked AS (
 			UPDATE ebb.dead_letter d SET state = 'parked' FROM slot, f
-			WHERE f.rejected AND d.slot = slot.name AND left(d.key, 500) = left(f.key, 500) AND d.key = f.key AND d.`+queued+` AND d.number <> f.number)
+			WHERE f.rejected AND d.slot = slot.name AND left(d.key, 500) = left(f.key, 500) AND d.key = f.key AND d.`+queued+`
+				AND d.number > f.number) -- those before it are delivered
 		SELECT FROM slot`, destination, delivered, seqs, failed, keys, rejected, reasons, details, times)
 }
 
