@@ -46,6 +46,10 @@ type Config struct {
 	// database does not have. AcceptGap says that what the destination has forgotten, and the buffer does not have any more, may be missing.
 	Adopt, AcceptGap bool
 
+	// Block says that an event that the sink cannot deliver holds up those behind it, and is not set aside in the dead letters. What is there already
+	// is delivered from there nevertheless.
+	Block bool
+
 	// OnRole, unless nil, is told which role the bridge has now.
 	OnRole func(Role)
 
@@ -169,6 +173,10 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	if err := sql.ListenForReplays(ctx, lock); err != nil {
 		return err
 	}
+	decisions, err := sql.ListenForDecisions(ctx, lock)
+	if err != nil {
+		return err
+	}
 	db, err := sql.Connect(ctx, cfg.Postgres, cfg.Slot)
 	if err != nil {
 		return err
@@ -181,10 +189,15 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	var turned atomic.Bool
 	streaming, turn := context.WithCancel(stop)
 	defer turn()
+	dead := newDeadLetters(&cfg)
 	go func() {
 		defer close(held)
-		cancel(sql.Hold(ctx, lock, func(slot string) {
-			if slot == cfg.Slot {
+		cancel(sql.Hold(ctx, lock, func(channel, slot string) {
+			switch {
+			case slot != cfg.Slot:
+			case channel == decisions:
+				dead.decided()
+			default:
 				turned.Store(true)
 				turn()
 			}
@@ -195,7 +208,7 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 		<-held
 	}()
 
-	l := &leader{Config: cfg, db: db, carried: carried, lockPID: lock.PgConn().PID()}
+	l := &leader{Config: cfg, db: db, carried: carried, lockPID: lock.PgConn().PID(), dead: dead}
 	defer l.closeConn()
 	if l.own, err = inspectOwn(ctx, db, &cfg); err != nil {
 		return err
@@ -214,18 +227,30 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 		l.record, err = sql.TakeTerm(ctx, db, cfg.Slot)
 	}
 	if err == nil {
+		var closeDead func()
+		if closeDead, err = l.openDead(ctx, cancel); err == nil {
+			defer closeDead()
+		}
+	}
+	if err == nil {
 		err = l.setFlow(ctx)
 	}
 	var next step
 	if err == nil {
 		next, err = l.prepare(ctx)
 	}
+	var passed map[string]passedEvent
 	if err == nil {
-		err = l.start(ctx, next)
+		passed, err = l.readDead(ctx)
+	}
+	if err == nil {
+		err = l.start(ctx, next, passed)
 	}
 	if err == nil {
 		detach()
-		err = l.stream(streaming, ctx)
+		if err = l.stream(streaming, ctx); err == nil {
+			l.dead.end(ctx)
+		}
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		return cause // of which err is a consequence
@@ -242,6 +267,8 @@ func lead(stop context.Context, cfg Config, carried *carried) error {
 	}
 	return err
 }
+
+var errTwoServers = errors.New("two connections have led to two servers; one of them is not, or is no longer, the primary")
 
 // connect opens the replication connection, to the same server as that of the session which holds the lock.
 func (l *leader) connect(ctx context.Context) error {
@@ -263,7 +290,7 @@ func (l *leader) connect(ctx context.Context) error {
 		}
 	}
 	if !replicates || !queries {
-		return errors.New("two connections have led to two servers; one of them is not, or is no longer, the primary")
+		return errTwoServers
 	}
 	l.system, err = l.conn.Identify(ctx)
 	return err

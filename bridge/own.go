@@ -304,7 +304,7 @@ func (o *ownReader) page(ctx context.Context, r *recovery, columns []replication
 		}
 		keys = append(keys, trackedRow{table: o.number, key: key})
 	}
-	n, err := r.deliver(ctx, batch, at)
+	n, err := r.deliver(ctx, batch)
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,7 @@ func (l *leader) prepare(ctx context.Context) (step, error) {
 		if s.action == actStream {
 			l.sayForeign(f)
 			l.slot, l.before = f.slot, f.newest.Events
+			l.holds, l.recorded = f.tail.Holds, f.tick.StreamSeq
 			if l.replay = f.replayed; l.replay != nil && l.replay.State != sql.ReplayRunning {
 				l.replay = nil
 			}
@@ -92,6 +93,7 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 		}
 		var err error
 		l.record, err = makeSlot(ctx, l.db, l.conn, &l.Config, l.system, l.record.Term, s.why, l.own.tables)
+		l.dead.setRecord(l.record)
 		return err
 	case actRecover:
 		return l.recover(ctx, f)

@@ -30,6 +30,10 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 			return err
 		}
 	}
+	// The tick with which the recovery ends is behind what was retried before.
+	if err := l.findRetried(ctx, f.tick.StreamSeq, f.tail.Holds); err != nil {
+		return err
+	}
 	if l.record.Destination != l.Destination {
 		if err := sql.BeginRecovery(ctx, l.db, l.record, l.Destination, f.tail.Last); err != nil {
 			return err
@@ -103,6 +107,9 @@ func (r *recovery) resume(ctx context.Context) error {
 		if err := r.l.addHeld(ctx, r.held, r.seq); err != nil {
 			return err
 		}
+		if err := r.l.findRetried(ctx, r.seq, tail.Holds); err != nil {
+			return err
+		}
 		r.seq = tail.Last
 	}
 	if tail.Position.Compare(r.position) > 0 {
@@ -112,8 +119,8 @@ func (r *recovery) resume(ctx context.Context) error {
 	return nil
 }
 
-// deliver delivers a page of events that have a position, and releases it. It returns how many they were.
-func (r *recovery) deliver(ctx context.Context, batch *event.Batch, at event.Position) (int, error) {
+// deliver delivers a page of events, and releases it. It returns how many they were.
+func (r *recovery) deliver(ctx context.Context, batch *event.Batch) (int, error) {
 	n := len(batch.Events)
 	if n == 0 {
 		batch.Release()
@@ -122,12 +129,16 @@ func (r *recovery) deliver(ctx context.Context, batch *event.Batch, at event.Pos
 	in := make(chan *event.Batch, 1)
 	in <- batch
 	close(in)
-	var last uint64
-	if err := r.l.Sink.Run(ctx, in, sink.Outcome{Delivered: func(p sink.Progress) { last = p.Sequence }}); err != nil {
+	var last sink.Progress
+	out := sink.Outcome{Delivered: func(p sink.Progress) { last = p }, Dead: r.l.dead, Block: r.l.Block}
+	if err := r.l.Sink.Run(ctx, in, out); err != nil {
 		return 0, &sinkError{err}
 	}
-	r.position = at
-	r.seq, r.lastSeq = max(r.seq, last), max(r.lastSeq, last)
+	// If all of them are parked, a destination that remembers positions ends where it did.
+	if last.Position.Compare(r.position) > 0 {
+		r.position = last.Position
+	}
+	r.seq, r.lastSeq = max(r.seq, last.Sequence), max(r.lastSeq, last.Sequence)
 	return n, nil
 }
 
@@ -152,7 +163,7 @@ func (l *leader) recoverManaged(ctx context.Context, r *recovery) error {
 		if err != nil {
 			return err
 		}
-		n, err := r.deliver(ctx, batch, at)
+		n, err := r.deliver(ctx, batch)
 		if err != nil {
 			return err
 		}

@@ -32,8 +32,9 @@ type Status struct {
 	Backlog    BacklogStatus `json:"backlog"`
 	Flow       sql.FlowState `json:"flow"`
 	// Role is that of the bridge that answers; asked from outside, that of the bridge that leads, if there is one.
-	Role        Role            `json:"role"`
-	Replay      *ReplayStatus   `json:"replay"`
+	Role   Role          `json:"role"`
+	Replay *ReplayStatus `json:"replay"`
+	// DeadLetters is how many events are set aside and neither delivered nor discarded since.
 	DeadLetters int64           `json:"dead_letters"`
 	Recovery    *RecoveryStatus `json:"recovery"`
 }
@@ -152,6 +153,9 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, e
 	}
 	s.Backlog = BacklogStatus{Events: backlog.Events, Estimated: backlog.Estimated, OldestAgeSeconds: backlog.OldestAge.Seconds()}
 	s.LagSeconds = s.Backlog.OldestAgeSeconds
+	if s.DeadLetters, err = sql.CountLetters(ctx, db, slotName); err != nil {
+		return nil, err
+	}
 	led, err := sql.HasLeader(ctx, db, slotName)
 	if err != nil {
 		return nil, err

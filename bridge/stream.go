@@ -59,6 +59,9 @@ type leader struct {
 	replayed atomic.Int64
 	// witness, unless nil, sees what comes by, because the slot may not be the one that ebb has made.
 	witness *witness
+	// dead are the dead letters. Holds and recorded are where the destination ends, and up to where a tick knows what it holds, as sequence numbers.
+	dead            *deadLetters
+	holds, recorded uint64
 	// regulator is used by the ticks.
 	regulator regulator
 	// skipped is how many of the events that the sink has already were left out so far.
@@ -69,8 +72,8 @@ type leader struct {
 	before int64
 }
 
-// start starts streaming from the slot.
-func (l *leader) start(ctx context.Context, s step) error {
+// start starts streaming from the slot. What has passed is not delivered when it comes by.
+func (l *leader) start(ctx context.Context, s step, passed map[string]passedEvent) error {
 	conn := l.conn
 	l.conn = nil
 	var err error
@@ -93,6 +96,7 @@ func (l *leader) start(ctx context.Context, s step) error {
 	l.decoder = decode.New(cfg)
 	_, remembers := l.Sink.(sink.Scanner)
 	l.tracker = newTracker(l.slot.ConfirmedFlush, s.last, remembers)
+	l.dead.begin(&keptStream{from: l.slot.ConfirmedFlush, tracker: l.tracker}, passed)
 	return nil
 }
 
@@ -105,7 +109,7 @@ func (l *leader) stream(stop, ctx context.Context) error {
 	var g errgroup.Group
 	g.Go(func() error {
 		defer close(sunk)
-		err := l.Sink.Run(running, in, sink.Outcome{Delivered: l.delivered})
+		err := l.Sink.Run(running, in, sink.Outcome{Delivered: l.delivered, Dead: l.dead, Block: l.Block})
 		if err == nil {
 			return nil // in is closed, and what was delivered last is still to be marked
 		}

@@ -62,6 +62,11 @@ func (l *leader) tick(ctx context.Context) error {
 		if ok, err := l.awaitMarked(ctx, now.delivered); !ok || err != nil {
 			return ignoreEnd(ctx, err)
 		}
+		// So what was retried and is not recorded stands there as well.
+		retried := l.dead.retried()
+		if ok, err := l.await(ctx, func() bool { return l.dead.hasStored(retried) }); !ok || err != nil {
+			return ignoreEnd(ctx, err)
+		}
 		if err := l.checkWitness(ctx, tick); err != nil {
 			return ignoreEnd(ctx, err)
 		}

@@ -24,6 +24,9 @@ type tracker struct {
 	covered         uint64
 	confirmed       confirmation
 	last            sink.Progress
+	// covers is up to where flush might be, were it not for the spans, which are in order of their ends.
+	covers event.LSN
+	spans  []span
 
 	// rows are those of handed events, in order, taken those that are being marked, and locked those that somebody else has locked. unmarked is
 	// the lowest number of events in all of them, or noRow.
@@ -64,13 +67,25 @@ type confirmation struct {
 	write, flush event.LSN
 }
 
+// span is from where an event is in the log that was set aside to where it is in the log that it was. Between the two, a standby has the one and not
+// the other: nothing there is confirmed, or else the event would be lost if that was promoted.
+type span struct{ from, to event.LSN }
+
+const (
+	// spanSlack is how far what is delivered may be ahead of the end of a span for that to hold. Where events are set aside all the time, the
+	// log would be kept for ever. No standby is so far behind of which the server knows (synchronized_standby_slots).
+	spanSlack = 64 << 20
+	// spanMerge is how far a span may reach that is made of several.
+	spanMerge = 1 << 20
+)
+
 // maxDone bounds the marks that wait for a tick. Past it they are thinned out, for which flush is a little late.
 const maxDone = 1 << 16
 
 // newTracker returns a tracker of a stream before whose start, lsn, everything is delivered; last was the last of it. If
 // ticked, flush waits for ticks; otherwise it is the same as write.
 func newTracker(lsn event.LSN, last sink.Progress, ticked bool) *tracker {
-	return &tracker{confirmed: confirmation{write: lsn, flush: lsn}, last: last, ticked: ticked,
+	return &tracker{confirmed: confirmation{write: lsn, flush: lsn}, covers: lsn, last: last, ticked: ticked,
 		unmarked: noRow, due: make(chan struct{}, 1)}
 }
 
@@ -247,9 +262,10 @@ func (t *tracker) advance() confirmation {
 
 	n = 0
 	for ; n < len(t.done) && t.isCovered(t.done[n]); n++ {
-		t.confirmed.flush = max(t.confirmed.flush, t.done[n].last)
+		t.covers = max(t.covers, t.done[n].last)
 	}
 	t.done = t.done[n:]
+	t.confirmed.flush = max(t.confirmed.flush, t.outside(t.covers))
 	if len(t.done) > maxDone {
 		kept := t.done[:0]
 		for i := 1; i < len(t.done); i += 2 {
@@ -258,6 +274,37 @@ func (t *tracker) advance() confirmation {
 		t.done = kept
 	}
 	return t.confirmed
+}
+
+// span is called when events that stand in the log from one place on are set aside, which is in the log before another one. They do not count as
+// delivered yet.
+func (t *tracker) span(from, to event.LSN) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n := len(t.spans); n > 0 {
+		last := &t.spans[n-1]
+		if merged := (span{min(last.from, from), max(last.to, to)}); merged.to-merged.from <= spanMerge {
+			*last = merged
+			return
+		}
+		to = max(last.to, to)
+	}
+	t.spans = append(t.spans, span{from, to})
+}
+
+// outside returns the highest place up to lsn that is in no span.
+func (t *tracker) outside(lsn event.LSN) event.LSN {
+	n := 0
+	for n < len(t.spans) && (t.spans[n].to <= t.confirmed.flush || t.spans[n].to+spanSlack <= t.confirmed.write) {
+		n++
+	}
+	t.spans = t.spans[n:]
+	for i := len(t.spans) - 1; i >= 0; i-- {
+		if s := t.spans[i]; s.from < lsn && lsn < s.to {
+			lsn = s.from
+		}
+	}
+	return lsn
 }
 
 // snapshot is what a tracker knows at one moment.

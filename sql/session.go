@@ -65,14 +65,14 @@ func SharesServer(ctx context.Context, db *pgx.Conn, pid uint32) (bool, error) {
 }
 
 // Hold keeps the session that holds the leader's lock alive, until ctx ends or the session does, which is an error. It notices at once
-// when the server ends the session, as it does when it shuts down. It calls notified with the payload of each notification.
-func Hold(ctx context.Context, db *pgx.Conn, notified func(payload string)) error {
+// when the server ends the session, as it does when it shuts down. It calls notified with each notification.
+func Hold(ctx context.Context, db *pgx.Conn, notified func(channel, payload string)) error {
 	for {
 		listening, cancel := context.WithTimeout(ctx, pingEvery)
 		n, err := db.WaitForNotification(listening)
 		cancel()
 		if err == nil {
-			notified(n.Payload)
+			notified(n.Channel, n.Payload)
 			continue
 		}
 		if ctx.Err() != nil {

@@ -68,7 +68,7 @@ SELECT s.name AS slot,
                WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
                  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
                  AND (l.classid::bigint << 32 | l.objid::bigint) = hashtextextended('ebb leader on ' || s.name, 0)) AS leader,
-       0::bigint AS dead_letters   -- nothing is set aside yet
+       (SELECT count(*) FROM ebb.dead_letter d WHERE d.slot = s.name AND d.state IN ('parked', 'retrying')) AS dead_letters
 FROM ebb.slot s
 LEFT JOIN pg_replication_slots r ON r.slot_name = s.name AND r.database = current_database()
 CROSS JOIN (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END AS lsn) w

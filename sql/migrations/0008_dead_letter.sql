@@ -37,6 +37,12 @@ COMMENT ON COLUMN ebb.dead_letter.stream_seq IS 'Where the destination stores it
 COMMENT ON COLUMN ebb.dead_letter.decided_by IS 'Who asked last for it to be retried or discarded.';
 
 CREATE UNIQUE INDEX dead_letter_event ON ebb.dead_letter (slot, event_id, place);
-CREATE INDEX dead_letter_queue ON ebb.dead_letter (slot, key, number) WHERE state IN ('parked', 'retrying');
+-- A key may be longer than what an index takes, all the more that of an event which cannot be delivered.
+CREATE INDEX dead_letter_queue ON ebb.dead_letter (slot, left(key, 500), number) WHERE state IN ('parked', 'retrying');
+-- Those without a key.
+CREATE INDEX dead_letter_alone ON ebb.dead_letter (slot, number) WHERE state = 'retrying' AND key IS NULL;
+-- What may come by again.
+CREATE INDEX dead_letter_place ON ebb.dead_letter (slot, (split_part(place, ':', 1)::pg_lsn));
+CREATE INDEX dead_letter_delivered ON ebb.dead_letter (slot, last_at) WHERE state = 'delivered';
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON ebb.dead_letter TO ebb_bridge;
