@@ -46,6 +46,9 @@ type Config struct {
 	// database does not have. AcceptGap says that what the destination has forgotten, and the buffer does not have any more, may be missing.
 	Adopt, AcceptGap bool
 
+	// Block says that an event which the destination rejects holds up what is behind it, instead of being parked.
+	Block bool
+
 	// OnRole, unless nil, is told which role the bridge has now.
 	OnRole func(Role)
 
