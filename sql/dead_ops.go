@@ -130,14 +130,18 @@ func deadError(db *pgx.Conn, step string, err error) error {
 func ListDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter, states []DeadEventState, limit int, each func(*DeadEvent) error) (n, queued int64, err error) {
 	const step = "list the dead letters"
 	words := []string{} // nil would be NULL
+	looked := inQueue   // which has an index
 	for _, s := range states {
 		words = append(words, string(s))
+		if s == DeadDelivered || s == DeadDiscarded {
+			looked = "(" + inQueue + " OR state = ANY ($7::text[]))"
+		}
 	}
 	// The totals come first, and are there where no row is.
 	rows, err := db.Query(ctx, `WITH letter AS (
 			SELECT number, state, `+matches+` AS meant, row_number() OVER (queue ORDER BY number) AS nth, count(*) OVER queue AS length,
 				bool_or(`+matches+`) OVER queue AS queue_meant
-			FROM ebb.dead_letter WHERE slot = $1 AND (`+inQueue+` OR state = ANY ($7::text[]))
+			FROM ebb.dead_letter WHERE slot = $1 AND `+looked+`
 			WINDOW queue AS (PARTITION BY key, CASE WHEN key IS NULL OR NOT `+inQueue+` THEN number END)
 		), chosen AS (
 			SELECT number, nth, length FROM letter

@@ -390,7 +390,11 @@ func (d *dead) showEvent(ctx context.Context, e *sql.DeadEvent) error {
 	line("committed", "%s, at position %s", e.EventTime.Format(time.RFC3339Nano), e.Position)
 	line("state", "%s", e.State)
 	if e.DecidedBy != nil && e.DecidedAt != nil {
-		line("", "asked for by %s at %s", word(*e.DecidedBy, 0), e.DecidedAt.Format(time.RFC3339))
+		what := "retry asked for"
+		if e.State == sql.DeadDiscarded {
+			what = "discarded"
+		}
+		line("", "%s by %s at %s", what, word(*e.DecidedBy, 0), e.DecidedAt.Format(time.RFC3339))
 	}
 	if e.StreamSeq != nil && e.Destination != nil {
 		line("", "at sequence number %d in %s", *e.StreamSeq, word(*e.Destination, 0))
