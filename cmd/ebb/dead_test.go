@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os/exec"
 	"slices"
@@ -485,8 +486,8 @@ func TestDeadDiscardAsks(t *testing.T) {
 	if got := s.setAsideStates(t); got != "x0:discarded x1:delivered x2:delivered x4:discarded x5:discarded x6:discarded x7:discarded x3:parked late:parked" {
 		t.Errorf("now %s", got)
 	}
-	no := fmt.Errorf("no")
-	if err := d.discard(t.Context(), sql.DeadFilter{IDs: []string{"late"}}, func(string) error { return no }); err != no {
+	no := errors.New("no")
+	if err := d.discard(t.Context(), sql.DeadFilter{IDs: []string{"late"}}, func(string) error { return no }); !errors.Is(err, no) {
 		t.Errorf("a no gives %v", err)
 	}
 	if got := s.setAsideStates(t); !strings.HasSuffix(got, "late:parked") {
