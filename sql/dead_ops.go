@@ -263,29 +263,38 @@ func RetryDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter) (De
 		if r.Delivered, err = settled(ctx, tx, slot, f, true); err != nil {
 			return err
 		}
-		rows, err := tx.Query(ctx, `WITH meant AS (
-				SELECT number, key FROM ebb.dead_letter WHERE slot = $1 AND `+inQueue+` AND `+matches+`
-			), queue AS (
-				SELECT d.number, d.key FROM ebb.dead_letter d WHERE d.slot = $1 AND d.`+inQueue+`
-					AND (d.key IN (SELECT key FROM meant) OR d.number IN (SELECT number FROM meant WHERE key IS NULL))
-				ORDER BY d.number FOR UPDATE
-			), retried AS (
-				UPDATE ebb.dead_letter d SET state = 'retrying', decided_by = session_user, decided_at = clock_timestamp()
-				FROM queue WHERE d.number = queue.number RETURNING d.number
-			)
-			SELECT number, (SELECT count(*) FROM meant), (SELECT count(DISTINCT key) + count(*) FILTER (WHERE key IS NULL) FROM queue)
-			FROM retried ORDER BY number`, f.args(slot)...)
+		rows, err := tx.Query(ctx, `SELECT number, meant, head FROM (
+				SELECT number, `+matches+` AS meant, bool_or(`+matches+`) OVER queue AS queue_meant, row_number() OVER (queue ORDER BY number) = 1 AS head
+				FROM ebb.dead_letter WHERE slot = $1 AND `+inQueue+`
+				WINDOW queue AS (PARTITION BY key, CASE WHEN key IS NULL THEN number END)
+			) q WHERE queue_meant ORDER BY number`, f.args(slot)...)
 		if err != nil {
 			return err
 		}
 		var number int64
-		_, err = pgx.ForEachRow(rows, []any{&number, &r.Asked, &r.Queues}, func() error {
+		var meant, head bool
+		_, err = pgx.ForEachRow(rows, []any{&number, &meant, &head}, func() error {
 			r.Numbers = append(r.Numbers, number)
+			if meant {
+				r.Asked++
+			}
+			if head {
+				r.Queues++
+			}
 			return nil
 		})
-		return err
+		if err != nil {
+			return err
+		}
+		return setDead(ctx, tx, r.Numbers, DeadRetrying)
 	})
 	return r, err
+}
+
+// setDead sets the state of events by their numbers.
+func setDead(ctx context.Context, tx pgx.Tx, numbers []int64, state DeadEventState) error {
+	_, err := tx.Exec(ctx, "UPDATE ebb.dead_letter SET state = $2, decided_by = session_user, decided_at = clock_timestamp() WHERE number = ANY ($1)", numbers, string(state))
+	return err
 }
 
 // settled looks for what cannot be decided any more of the ids that are asked for, and returns those of events that are delivered.
@@ -382,22 +391,18 @@ func DiscardDead(ctx context.Context, db *pgx.Conn, slot string, numbers []int64
 		if r.Delivered, err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
 			return err
 		}
-		rows, err = tx.Query(ctx, `WITH chosen AS (
-				SELECT number, key FROM ebb.dead_letter WHERE slot = $1 AND number = ANY ($2) AND `+inQueue+` ORDER BY number FOR UPDATE
-			), head AS (
-				SELECT DISTINCT ON (key) number FROM ebb.dead_letter WHERE slot = $1 AND `+inQueue+` AND key IN (SELECT key FROM chosen) ORDER BY key, number
-			), discarded AS (
-				UPDATE ebb.dead_letter d SET state = 'discarded', decided_by = session_user, decided_at = clock_timestamp()
-				FROM chosen WHERE d.number = chosen.number RETURNING d.number, d.key
-			)
-			SELECT CASE WHEN number IN (SELECT number FROM head) THEN key END FROM discarded`, slot, numbers)
+		rows, err = tx.Query(ctx, `SELECT number, CASE WHEN number = head THEN key END FROM (
+				SELECT number, key, min(number) OVER (PARTITION BY key) AS head FROM ebb.dead_letter WHERE slot = $1 AND `+inQueue+`
+			) q WHERE number = ANY ($2)`, slot, numbers)
 		if err != nil {
 			return err
 		}
+		var number int64
 		var key *string
+		var discarded []int64
 		var headless []string
-		_, err = pgx.ForEachRow(rows, []any{&key}, func() error {
-			r.Discarded++
+		_, err = pgx.ForEachRow(rows, []any{&number, &key}, func() error {
+			discarded = append(discarded, number)
 			if key != nil {
 				headless = append(headless, *key)
 			}
@@ -406,17 +411,24 @@ func DiscardDead(ctx context.Context, db *pgx.Conn, slot string, numbers []int64
 		if err != nil {
 			return err
 		}
+		r.Discarded = int64(len(discarded))
 		r.Gone = int64(len(numbers)-len(r.Delivered)) - r.Discarded
-		if len(headless) == 0 {
-			return nil
+		if err := setDead(ctx, tx, discarded, DeadDiscarded); err != nil {
+			return err
 		}
-		tag, err := tx.Exec(ctx, `WITH head AS (
-				SELECT DISTINCT ON (key) key, reason FROM ebb.dead_letter WHERE slot = $1 AND `+inQueue+` AND key = ANY ($2) ORDER BY key, number
-			)
-			UPDATE ebb.dead_letter d SET state = 'retrying', decided_by = session_user, decided_at = clock_timestamp()
-			FROM head WHERE head.reason = 'queued' AND d.slot = $1 AND d.key = head.key AND d.state = 'parked'`, slot, headless)
-		r.Freed = tag.RowsAffected()
-		return err
+		rows, err = tx.Query(ctx, `SELECT number FROM (
+				SELECT number, state, first_value(reason) OVER (PARTITION BY key ORDER BY number) AS reason
+				FROM ebb.dead_letter WHERE slot = $1 AND `+inQueue+` AND key = ANY ($2)
+			) q WHERE state = 'parked' AND reason = 'queued'`, slot, headless)
+		if err != nil {
+			return err
+		}
+		freed, err := pgx.CollectRows(rows, pgx.RowTo[int64])
+		if err != nil {
+			return err
+		}
+		r.Freed = int64(len(freed))
+		return setDead(ctx, tx, freed, DeadRetrying)
 	})
 	return r, err
 }
