@@ -326,11 +326,11 @@ func keyWord(key *string, most int) string {
 	return word(*key, most)
 }
 
-// block is a text of several lines as it is printed.
-func block(s string) string {
+// printable is a text with whatever is not to be printed escaped, but for the characters in and.
+func printable(s, and string) string {
 	var b strings.Builder
 	for _, r := range s {
-		if strconv.IsPrint(r) || r == '\n' || r == '\t' {
+		if strconv.IsPrint(r) || strings.ContainsRune(and, r) {
 			b.WriteRune(r)
 		} else {
 			b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
@@ -338,6 +338,9 @@ func block(s string) string {
 	}
 	return b.String()
 }
+
+// blanks are the characters that set a text of several lines.
+const blanks = "\n\t"
 
 // count is a number of things in words.
 func count(n int64, thing string) string {
@@ -399,9 +402,9 @@ func (d *dead) showEvent(ctx context.Context, e *sql.DeadEvent) error {
 	if e.StreamSeq != nil && e.Destination != nil {
 		line("", "at sequence number %d in %s", *e.StreamSeq, word(*e.Destination, 0))
 	}
-	line("reason", "%s", word(e.Reason, 0))
+	line("reason", "%s", printable(e.Reason, ""))
 	if e.Detail != "" {
-		line("detail", "%s", word(e.Detail, 0))
+		line("detail", "%s", printable(e.Detail, ""))
 	}
 	if e.Attempts == 0 {
 		line("attempts", "0, set aside at %s", e.FirstAt.Format(time.RFC3339))
@@ -427,15 +430,15 @@ func (d *dead) showEvent(ctx context.Context, e *sql.DeadEvent) error {
 		line("queue", "number %d of %d: %s%s", *e.QueuePlace, *e.QueueLength, strings.Join(ids, ", "), more)
 	}
 	if e.Headers != nil {
-		line("headers", "%s", strings.ReplaceAll(block(string(e.Headers)), "\n", " "))
+		line("headers", "%s", printable(string(e.Headers), ""))
 	}
-	payload, body := e.ContentType, block(string(e.Payload))
+	payload, body := printable(e.ContentType, ""), printable(string(e.Payload), blanks)
 	switch {
 	case e.Payload == nil && e.PayloadBytes == nil:
 		body = ""
 		payload += ", none"
 	case e.Payload == nil && utf8.Valid(e.PayloadBytes):
-		body = block(string(e.PayloadBytes))
+		body = printable(string(e.PayloadBytes), blanks)
 		payload += ", " + size(int64(len(e.PayloadBytes)))
 	case e.Payload == nil:
 		body = base64.StdEncoding.EncodeToString(e.PayloadBytes)
@@ -611,7 +614,7 @@ func (r *retrying) outcome() error {
 		if e.Key != nil {
 			of = " of key " + keyWord(e.Key, columnWidth)
 		}
-		r.say("event %s%s is parked again: %s\n", word(e.EventID, 0), of, word(strings.TrimSuffix(e.Reason+": "+e.Detail, ": "), 0))
+		r.say("event %s%s is parked again: %s\n", word(e.EventID, 0), of, printable(strings.TrimSuffix(e.Reason+": "+e.Detail, ": "), ""))
 	}
 	if r.Parked == 1 {
 		return errors.New("1 event is parked again; ebb dead list shows it")
