@@ -167,10 +167,10 @@ func newDeadDiscard(a *app) *cobra.Command {
 // addFilters adds the flags of a filter. What is in them may have commas.
 func (f *deadFlags) addFilters(cmd *cobra.Command) {
 	flags := cmd.Flags()
-	flags.StringArrayVar(&f.topics, "topic", nil, "events of this topic; may be repeated")
-	flags.StringArrayVar(&f.keys, "key", nil, "events of this key; may be repeated")
-	flags.StringArrayVar(&f.reasons, "reason", nil, "events that are set aside for this reason, such as queued; may be repeated")
-	flags.StringVar(&f.since, "since", "", "events that were sent or set aside last since a `time` (2026-01-02T15:04:05Z), or for a duration (90m)")
+	flags.StringArrayVar(&f.topics, "topic", nil, "events of this `topic`; may be repeated")
+	flags.StringArrayVar(&f.keys, "key", nil, "events of this `key`; may be repeated")
+	flags.StringArrayVar(&f.reasons, "reason", nil, "events that are set aside for this `reason`, such as queued; may be repeated")
+	flags.StringVar(&f.since, "since", "", "events that were sent or set aside last since a `time` (2026-01-02T15:04:05Z), or within a duration before now (90m)")
 }
 
 // filter reads the flags that addFilters added.
@@ -242,6 +242,9 @@ func (a *app) withDead(ctx context.Context, flags deadFlags, do func(*dead) erro
 	}
 	defer db.Close(context.WithoutCancel(ctx))
 	if err := sql.CheckDead(ctx, db); err != nil {
+		return err
+	}
+	if _, err := sql.ReadSlot(ctx, db, cfg.Slot); err != nil { // of another slot there would be nothing to see, which is no good news
 		return err
 	}
 	return do(&dead{flags: flags, cfg: cfg, db: db, out: a.stdout, err: a.stderr})

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -150,6 +151,7 @@ func TestDeadList(t *testing.T) {
 	s := newSite(t, pgtest.New(t), "stdout")
 	s.dead(t, "list").fails(t, exitFailed, "ebb setup")
 	s.setup(t)
+	newSite(t, &pgtest.Database{Name: "another", URL: s.db.URL}, "stdout").dead(t, "list").fails(t, exitFailed, `slot "another"`, "ebb setup")
 	if r := s.dead(t, "list").must(t); r.stdout != "there are no dead letters that match\n" {
 		t.Errorf("printed %q", r.stdout)
 	}
@@ -537,4 +539,50 @@ func TestDeadIsNamed(t *testing.T) {
 	found(t, s.doctor(t, exitOK), "dead_letters", stateWarn, "1 event being retried", "ebb dead list")
 	s.setAside(t, "b - rejected parked", "c - rejected parked")
 	found(t, s.doctor(t, exitOK), "dead_letters", stateWarn, "2 events parked, and 1 being retried", "ebb dead list", "ebb dead retry", "ebb dead discard")
+}
+
+// The SQL of the guide works.
+func TestDeadLettersGuide(t *testing.T) {
+	guide, err := os.ReadFile("../../docs/dead-letters.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := strings.Split(string(guide), "```sql\n")[1:]
+	if len(blocks) != 3 {
+		t.Fatalf("the guide has %d blocks of SQL", len(blocks))
+	}
+	for i := range blocks {
+		blocks[i], _, _ = strings.Cut(blocks[i], "```")
+	}
+	s := newSite(t, pgtest.New(t), "stdout")
+	s.setup(t)
+	s.db.Exec(t, "CREATE TABLE orders (id int, state text)", "INSERT INTO orders VALUES (7, 'paid')", "CREATE ROLE support_"+s.db.Name)
+	t.Cleanup(func() { s.db.Exec(t, "DROP OWNED BY support_"+s.db.Name, "DROP ROLE support_"+s.db.Name) })
+	s.setAside(t, "4711 order-7 rejected discarded", "4715 order-7 queued parked", "old - rejected discarded")
+	s.db.Exec(t, "UPDATE ebb.dead_letter SET decided_at = now() - CASE event_id WHEN 'old' THEN interval '2 years' ELSE '0' END WHERE state = 'discarded'")
+	for statement := range strings.SplitSeq(blocks[0], ";") {
+		if strings.Contains(statement, "orders") {
+			if got := pgtest.Value[string](t, s.db, "SELECT o.topic FROM ("+statement+") o (id, order_state, topic, state, reason, detail)"); got != "t.4" {
+				t.Errorf("of order 7 there is %s", got)
+			}
+		}
+		s.db.Exec(t, statement)
+	}
+	s.db.Exec(t, blocks[1])
+	if got := s.setAsideStates(t); got != "4711:discarded 4715:parked" {
+		t.Errorf("now %s", got)
+	}
+	s.db.Exec(t, blocks[2])
+	if got := pgtest.Value[string](t, s.db, "SELECT topic || ' ' || key || ' ' || (payload ->> 'id') || ' ' || (headers ->> 'traceparent') FROM ebb.buffer"); got != "t.4 order-7 4711 00-1" {
+		t.Errorf("put again: %s", got)
+	}
+	_, grant, ok := strings.Cut(string(guide), "(`GRANT ")
+	grant, _, _ = strings.Cut(grant, "`)")
+	if !ok {
+		t.Fatal("the guide grants nothing")
+	}
+	for statement := range strings.SplitSeq("GRANT "+strings.ReplaceAll(grant, "support", "support_"+s.db.Name), ";") {
+		s.db.Exec(t, statement)
+	}
+	s.db.Exec(t, "SET ROLE support_"+s.db.Name+"; SELECT * FROM ebb.dead_letter; RESET ROLE")
 }
