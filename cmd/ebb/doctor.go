@@ -28,7 +28,7 @@ func newDoctor(a *app) *cobra.Command {
 		Use:   "doctor",
 		Short: "Check the database against what ebb run needs, and print the mend of what falls short; exit with 3 then",
 		Long: "Doctor looks at the server, the schema, the tables, the publication, the slot, the role that it logs in as, the flow\n" +
-			"limits and the settings for COMMITs that wait for delivery. Give it the configuration, and so the role, of ebb run.",
+			"limits, the settings for COMMITs that wait for delivery, and the dead letters. Give it the configuration, and so the role, of ebb run.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, _, err := a.loadForPostgres()
 			if err != nil {
@@ -87,6 +87,7 @@ var checks = []check{
 	{"slot", []string{"schema"}, checkSlot},
 	{"flow", []string{"schema"}, checkFlow},
 	{"inline", []string{"schema"}, checkInline},
+	{"dead_letters", []string{"schema"}, checkDead},
 }
 
 func doctor(ctx context.Context, w io.Writer, cfg *config.Config, asJSON bool) error {
@@ -309,6 +310,22 @@ func flowFinding(ctx context.Context, db *pgx.Conn, f sql.Flow) (finding, error)
 
 func checkInline(ctx context.Context, p *patient) (finding, error) {
 	return inlineFinding(ctx, p.db, p.cfg)
+}
+
+// checkDead notes what waits for somebody to decide about it. What the bridge retries by itself is said of the receiver.
+func checkDead(ctx context.Context, p *patient) (finding, error) {
+	parked, retrying, err := sql.CountDead(ctx, p.db, p.cfg.Slot)
+	switch {
+	case err != nil:
+		return finding{}, err
+	case parked > 0:
+		return finding{State: stateWarn, Text: fmt.Sprintf("%s parked, and %d being retried", count(parked, "event"), retrying),
+			Mend: "look at them by ebb dead list, and have them delivered by ebb dead retry, or given up by ebb dead discard"}, nil
+	case retrying > 0:
+		return finding{State: stateWarn, Text: count(retrying, "event") + " being retried, as the receiver has not taken them",
+			Mend: "look at why by ebb dead list; the bridge delivers them when the receiver takes them"}, nil
+	}
+	return finding{State: stateOK, Text: "nothing is set aside"}, nil
 }
 
 // inlineFinding says how the server is set for COMMITs that wait for delivery.

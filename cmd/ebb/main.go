@@ -110,9 +110,11 @@ func newRoot(a *app) *cobra.Command {
 	flags.StringVar(&a.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&a.logFormat, "log-format", "text", "text or json")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	root.AddCommand(newSetup(a), newRun(a), newStatus(a), newDoctor(a), newReplay(a), newDemo(a), newTeardown(a), newVersion(a))
+	root.AddCommand(newSetup(a), newRun(a), newStatus(a), newDoctor(a), newReplay(a), newDead(a), newDemo(a), newTeardown(a), newVersion(a))
 	for _, cmd := range root.Commands() {
-		cmd.Args = noArgs
+		if !cmd.HasSubCommands() {
+			cmd.Args = noArgs
+		}
 	}
 	root.RunE = func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {
@@ -126,7 +128,7 @@ func newRoot(a *app) *cobra.Command {
 
 func noArgs(cmd *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return &usageError{fmt.Errorf("ebb %s takes no argument, got %q", cmd.Name(), args[0])}
+		return &usageError{fmt.Errorf("%s takes no argument, got %q", cmd.CommandPath(), args[0])}
 	}
 	return nil
 }

@@ -187,7 +187,7 @@ func (r *replay) inPlace(ctx context.Context, from bridge.Place, survey bridge.S
 		return err
 	}
 	defer db.Close(context.WithoutCancel(ctx))
-	led, err := r.isLed(ctx, db)
+	led, err := isLed(ctx, db, r.cfg.Slot)
 	if err != nil {
 		return err
 	}
@@ -236,10 +236,10 @@ func (r *replay) inPlace(ctx context.Context, from bridge.Place, survey bridge.S
 	}
 }
 
-// isLed reports whether a bridge leads. One may be taking over at this moment, or starting over after another replay.
-func (r *replay) isLed(ctx context.Context, db *pgx.Conn) (bool, error) {
+// isLed reports whether a bridge leads on a slot. One may be taking over at this moment, or starting over after a replay.
+func isLed(ctx context.Context, db *pgx.Conn, slot string) (bool, error) {
 	for range 8 {
-		led, err := sql.HasLeader(ctx, db, r.cfg.Slot)
+		led, err := sql.HasLeader(ctx, db, slot)
 		if led || err != nil {
 			return led, err
 		}

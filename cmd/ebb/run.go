@@ -107,6 +107,7 @@ func bridgeConfig(cfg *config.Config, log *slog.Logger) bridge.Config {
 		Keep:        cfg.Recorded.Keep,
 		Flow:        flowOf(cfg),
 		Trail:       bridge.Trail{Window: cfg.Replay.Window, MaxWAL: int64(cfg.Replay.MaxWAL)},
+		Block:       cfg.Blocks(),
 	}
 }
 

@@ -63,7 +63,7 @@ func TestWrongConfigurationFile(t *testing.T) {
 		{"impossible slot", "slot: Ebb-1\n", []string{"ebb.yaml:1: slot", "a-z"}},
 		{"unset variable", "postgres: ${NO_SUCH_VARIABLE_OF_MINE}\n", []string{"ebb.yaml:1: postgres", "NO_SUCH_VARIABLE_OF_MINE"}},
 		{"not a duration", "\n\nrecorded: {every: fast}\n", []string{"ebb.yaml:3: recorded.every", "1s"}},
-		{"not available yet", "http: {on_reject: block}\n", []string{"ebb.yaml:1: http.on_reject", "not available yet"}},
+		{"no such way to reject", "http: {on_reject: drop}\n", []string{"ebb.yaml:1: http.on_reject", "park or block"}},
 		{"no YAML", "slot: [\n", []string{"ebb.yaml:"}},
 		{"sink", "sink: ftp://x\n", []string{"ebb.yaml:1: sink", "nats"}},
 	} {

@@ -92,13 +92,6 @@ func is(key string, value any, what string) *problem {
 	return p
 }
 
-// notYet returns the problem of a value that will be possible in a later version.
-func notYet(key string, value any, only string) *problem {
-	p := is(key, value, "")
-	p.text = "is not available yet; write " + only + ", or leave the key out"
-	return p
-}
-
 // oneOf checks a word.
 func oneOf(key, value string, words ...string) *problem {
 	if slices.Contains(words, value) {
@@ -263,7 +256,10 @@ func (c *Config) checkNATS() *problem {
 	if !slices.Contains([]int{1, 3, 5}, n.Replicas) {
 		return is("nats.replicas", n.Replicas, "not a number of replicas")
 	}
-	return checkPair("nats.tls", n.TLS)
+	if p := checkPair("nats.tls", n.TLS); p != nil {
+		return p
+	}
+	return oneOf("nats.on_reject", n.OnReject, OnRejectPark, OnRejectBlock)
 }
 
 // checkPair checks that a certificate and its key are both there or both not.
@@ -345,13 +341,7 @@ func (c *Config) checkHTTP() *problem {
 	if p := c.checkCredentials(); p != nil {
 		return p
 	}
-	if p := oneOf("http.on_reject", h.OnReject, OnRejectPark, OnRejectBlock); p != nil {
-		return p
-	}
-	if h.OnReject != OnRejectPark {
-		return notYet("http.on_reject", h.OnReject, OnRejectPark)
-	}
-	return nil
+	return oneOf("http.on_reject", h.OnReject, OnRejectPark, OnRejectBlock)
 }
 
 // isSecret reports whether text is a secret of Standard Webhooks, or names a file. What is in the file is found out when it is read.

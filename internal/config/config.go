@@ -71,6 +71,8 @@ type NATS struct {
 	// Creds is the path of a NATS credentials file.
 	Creds string
 	TLS   TLS
+	// OnReject is OnRejectPark or OnRejectBlock.
+	OnReject string
 }
 
 // TLS holds paths of PEM files. Cert and Key are both set or both empty.
@@ -103,7 +105,7 @@ type HTTP struct {
 	Concurrency int
 	// Batch is how many events a request of FormatBatch carries at most.
 	Batch int
-	// Window is how many events, from the oldest undelivered one on, are under way.
+	// Window is how many events, from the oldest undelivered one on, are under way. When it is full, a key that is stuck is set aside.
 	Window int
 	// Gzip compresses the bodies of requests.
 	Gzip bool
@@ -180,6 +182,7 @@ func Default() Config {
 			CreateStream: true,
 			Replicas:     1,
 			Exclusive:    true,
+			OnReject:     OnRejectPark,
 		},
 		Embedded: Embedded{
 			Store:  "./ebb-data",
@@ -244,6 +247,18 @@ func (c *Config) RequireSink() error {
 	}
 	return &Error{Key: "sink", Msg: "not set; give --sink URL, or set EBB_SINK, " +
 		"or write sink: URL in the configuration file"}
+}
+
+// Blocks reports whether an event that the configured sink rejects holds up what is behind it, instead of being parked. The embedded sink goes
+// by the options of NATS.
+func (c *Config) Blocks() bool {
+	switch c.SinkKind() {
+	case SinkKindHTTP:
+		return c.HTTP.OnReject == OnRejectBlock
+	case SinkKindNATS, SinkKindEmbedded:
+		return c.NATS.OnReject == OnRejectBlock
+	}
+	return false
 }
 
 // SinkKind says which sink is configured.

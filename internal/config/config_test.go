@@ -251,6 +251,7 @@ nats:
   create_stream: "${NO}"
   replicas: ${THREE}
   creds: /run/secrets/nats.creds
+  on_reject: block
   tls: {ca: "${DIR}/ca.pem", cert: cert.pem, key: key.pem}
 embedded:
   store: /var/lib/ebb
@@ -267,6 +268,7 @@ http:
   concurrency: 4
   batch: 7
   window: 300
+  on_reject: block
   bearer_file: ${DIR}/token
   gzip: true
   tls: {ca: "${DIR}/ca.pem", cert: cert.pem, key: key.pem}
@@ -287,12 +289,12 @@ recorded:
 	want.Listen = ""
 	want.Sink = "nats://a:4222, tls://b"
 	want.NATS = NATS{
-		Stream: "ORDERS", Subject: "shop.prod.{topic}.{key}", Format: FormatRaw, Replicas: 3, Exclusive: true,
+		Stream: "ORDERS", Subject: "shop.prod.{topic}.{key}", Format: FormatRaw, Replicas: 3, Exclusive: true, OnReject: OnRejectBlock,
 		Creds: "/run/secrets/nats.creds", TLS: TLS{CA: "/etc/ca.pem", Cert: "cert.pem", Key: "key.pem"},
 	}
 	want.Embedded = Embedded{Store: "/var/lib/ebb", Listen: "[::1]:0", Config: "nats.conf"}
 	want.HTTP = HTTP{
-		Format: FormatBatch, Secrets: []string{"whsec_" + secret, "file:/etc/secret", "whsk_" + seed}, Concurrency: 4, Batch: 7, Window: 300, OnReject: OnRejectPark,
+		Format: FormatBatch, Secrets: []string{"whsec_" + secret, "file:/etc/secret", "whsk_" + seed}, Concurrency: 4, Batch: 7, Window: 300, OnReject: OnRejectBlock,
 		Headers:    map[string]string{"X-Token": "Bearer t: #${STAGE}", "X-Plain": "${TOKEN} costs $5 $$"},
 		BearerFile: "/etc/token", Gzip: true, TLS: TLS{CA: "/etc/ca.pem", Cert: "cert.pem", Key: "key.pem"},
 	}
@@ -341,6 +343,33 @@ func TestSinkKind(t *testing.T) {
 		}
 		if got := c.SinkKind(); got != want {
 			t.Errorf("SinkKind of %q is %v, want %v", sink, got, want)
+		}
+	}
+}
+
+// An event that is rejected holds up others where the options of the configured sink say so, and those of the others do not count.
+func TestBlocks(t *testing.T) {
+	for _, tt := range []struct {
+		sink, nats, http string
+		want             bool
+	}{
+		{"", "block", "block", false},
+		{"stdout", "block", "block", false},
+		{"nats://a", "park", "block", false},
+		{"nats://a", "block", "park", true},
+		{"embedded", "park", "block", false},
+		{"embedded", "block", "park", true},
+		{"http://a", "block", "park", false},
+		{"https://a", "park", "block", true},
+	} {
+		c := Default()
+		c.Sink = tt.sink
+		if c.Blocks() {
+			t.Errorf("%q blocks by default", tt.sink)
+		}
+		c.NATS.OnReject, c.HTTP.OnReject = tt.nats, tt.http
+		if got := c.Blocks(); got != tt.want {
+			t.Errorf("%+v: Blocks is %t", tt, got)
 		}
 	}
 }

@@ -66,6 +66,7 @@ func (d *decoder) entries(c *Config) []entry {
 			{name: "replicas", read: d.number(&c.NATS.Replicas)},
 			{name: "exclusive", read: d.boolean(&c.NATS.Exclusive)},
 			{name: "creds", read: d.text(&c.NATS.Creds)},
+			{name: "on_reject", read: d.text(&c.NATS.OnReject)},
 			{name: "tls", sub: []entry{
 				{name: "ca", read: d.text(&c.NATS.TLS.CA)},
 				{name: "cert", read: d.text(&c.NATS.TLS.Cert)},

@@ -85,6 +85,7 @@ var wants = map[string]string{
 	"nats.replicas":      "1, 3 or 5",
 	"nats.exclusive":     "true or false",
 	"nats.creds":         "the path of a credentials file",
+	"nats.on_reject":     "park or block",
 	"nats.tls":           "{ca: FILE, cert: FILE, key: FILE}",
 	"nats.tls.ca":        "the path of a PEM file",
 	"nats.tls.cert":      "the paths of two PEM files, or neither",

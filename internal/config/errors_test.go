@@ -131,14 +131,13 @@ var wrong = []struct{ file, want string }{
 	{"replay:\n  window: -1h\n", "ebb.yaml:2: replay.window: -1h0m0s is below zero; write a duration such as 90m or 1h, or 0 for none"},
 	{"flow:\n  warn: 2GB\n  limit: 64MB\n", "ebb.yaml:2: flow.warn: 2GB is more than flow.limit, 64MB; write a smaller one, or leave the key out"},
 
-	// Not available yet.
 	{"http:\n  secrets: [whsec_hush]\n", "ebb.yaml:2: http.secrets[0]: the value is not a secret of Standard Webhooks; write " + wants["http.secrets[]"]},
 	{"http:\n  secrets: [\"file:\"]\n", "ebb.yaml:2: http.secrets[0]: the value is not a secret of Standard Webhooks; write " + wants["http.secrets[]"]},
 	{"http:\n  secrets: [whsk_aHVzaA==]\n", "ebb.yaml:2: http.secrets[0]: the value is not a secret of Standard Webhooks; write " + wants["http.secrets[]"]},
 	{"http:\n  concurrency: 1001\n", "ebb.yaml:2: http.concurrency: 1001 is too many; write a number from 1 to 1000"},
 	{"http:\n  tls: {cert: a}\n", `ebb.yaml:2: http.tls.cert: "a" is set without http.tls.key; write ` + wants["http.tls.cert"]},
 	{"http:\n  bearer_file: a\n  headers: {authorization: hush}\n", "ebb.yaml:3: http.headers.authorization: the value is set beside http.bearer_file; keep one of them"},
-	{"http:\n  on_reject: block\n", `ebb.yaml:2: http.on_reject: "block" is not available yet; write park, or leave the key out`},
+	{"nats:\n  on_reject: ''\n", `ebb.yaml:2: nats.on_reject: "" is not park or block; write park or block`},
 	{"replay:\n  window: 10ms\n", "ebb.yaml:2: replay.window: 10ms is too short; write a duration such as 90m or 1h, or 0 for none"},
 	{"replay:\n  max_wal: 0\n", "ebb.yaml:2: replay.max_wal: 0 is not above zero; write a size such as 512MB or 4GB"},
 
