@@ -166,7 +166,7 @@ func (r *running) onDelivered(p sink.Progress) {
 	if count := r.f.h.Count(t); count < r.f.confirmed+total {
 		t.Errorf("delivered says %d events, but the destination holds %d", r.f.confirmed+total, count)
 	}
-	scribble()
+	Scribble()
 	r.mu.Lock()
 	r.delivered, r.sequence = total, p.Sequence
 	if r.f.known.Position.IsZero() || total%3 == 0 {
@@ -187,7 +187,7 @@ func (r *running) hand(n int, wait time.Duration) bool {
 	defer timer.Stop()
 	select {
 	case r.in <- batch:
-		scribble()
+		Scribble()
 		return true
 	case <-r.ended:
 	case <-timer.C:
@@ -400,9 +400,9 @@ func newBatch(messages []Message, random *rand.Rand) *event.Batch {
 
 var poison = bytes.Repeat([]byte{0xdb}, 32<<10)
 
-// scribble overwrites the memory of the batches that were released last, so that whoever still reads it is found out: by what is
+// Scribble overwrites the memory of the batches that were released last, so that whoever still reads it is found out: by what is
 // received, or by the race detector.
-func scribble() {
+func Scribble() {
 	var batches [4]*event.Batch
 	for i := range batches {
 		batches[i] = event.NewBatch()

@@ -60,7 +60,7 @@ func (m *model) add(key string, size int) {
 	if key != "" {
 		k = []byte(key)
 	}
-	m.l.add(&parcel{size: size}, k)
+	m.l.add(&parcel{size: size, wire: size}, k)
 	m.keys, m.sizes = append(m.keys, key), append(m.sizes, size)
 }
 
@@ -151,7 +151,7 @@ func (m *model) take(i int) *job {
 func (m *model) deliver(i int) {
 	j := m.take(i)
 	wasDown := m.l.down
-	n, last := m.l.delivered(j)
+	n, last := m.l.delivered(j, m.now)
 	for _, p := range j.parcels {
 		m.done[p.number] = true
 	}
@@ -295,7 +295,7 @@ func TestBreaker(t *testing.T) {
 	}
 	now = l.wake()
 	probe = next(1)[0]
-	if n, _ := l.delivered(probe); l.down || n > 1 {
+	if n, _ := l.delivered(probe, now); l.down || n > 1 {
 		t.Fatalf("down %v, %d delivered", l.down, n)
 	}
 	next(16)
