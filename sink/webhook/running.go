@@ -2,7 +2,6 @@ package webhook
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -138,10 +137,8 @@ func (r *running) run(ctx context.Context, in <-chan *event.Batch) error {
 				break
 			}
 			r.batch, r.taken = batch, 0
-		case again, ok := <-retries:
-			if ok {
-				r.retry(again)
-			}
+		case again := <-retries:
+			r.retry(again)
 		case o := <-r.outcomes:
 			if o.failure != nil && ctx.Err() != nil {
 				return ctx.Err() // which is why it failed
@@ -262,13 +259,7 @@ func (r *running) parkRefused() {
 
 // refusal says why an event can never be sent.
 func refusal(err error) *sink.Failure {
-	f := &sink.Failure{Rejected: true, Reason: "not to be written as a CloudEvent", Detail: err.Error()}
-	for _, known := range []error{cloudevent.ErrHeader, cloudevent.ErrPayload} {
-		if errors.Is(err, known) {
-			f.Reason = known.Error()
-		}
-	}
-	return f
+	return &sink.Failure{Rejected: true, Reason: cloudevent.Reason(err), Detail: err.Error()}
 }
 
 // park hands events of one key to the dead letters: the first one for a reason, the others because they are behind it.

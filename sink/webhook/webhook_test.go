@@ -94,6 +94,7 @@ func conform(t *testing.T, cfg Config, read func(*http.Request, []byte) ([]sinkt
 			r.broken = false
 		},
 		PerKey: true,
+		Parks:  true,
 	})
 }
 
