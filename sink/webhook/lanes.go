@@ -413,23 +413,30 @@ func (l *lanes) takesOthers(j *job) bool { return !l.down && j.failed && l.round
 func (l *lanes) works() bool { return !l.down && l.round > 1 && l.failures == 0 }
 
 // stuck returns the job of the oldest event, if that is what holds up all the others: it is under way for long, while the receiver has taken
-// others clearly after it should have taken this one, or all of them. If that is only a matter of time, it returns when it may be.
+// others clearly after it should have taken this one, or all of them. If that is only a matter of time, it returns when it may be. When no more is to
+// come, the receiver cannot prove itself by what comes, and it counts, much later, that it has taken anything at all.
 //
 // Long is relative: to a receiver that takes its time for every request, a second is nothing. A job that waits holds up nobody while there is work
 // for all requests.
-func (l *lanes) stuck(now time.Time) (*job, time.Time) {
+func (l *lanes) stuck(now time.Time, last bool) (*job, time.Time) {
 	if l.down || len(l.queue) == 0 {
 		return nil, time.Time{}
 	}
 	j := l.queue[0].job
-	if j == nil || j.aside || !j.inFlight && l.inFlight >= l.requests || l.round == j.firstRound {
+	if j == nil || j.aside || !j.inFlight && l.inFlight >= l.requests {
 		return nil, time.Time{}
 	}
-	alone := l.fresh.len() == 0 && l.again.len() == 0 && l.waiting.len()+l.inFlight == 1
-	if !alone && !l.takesOthers(j) && l.succeeded.Sub(j.first) <= 2*l.usual {
+	idle := l.fresh.len() == 0 && l.again.len() == 0
+	alone := idle && l.waiting.len()+l.inFlight == 1
+	long := max(minStuck, 4*l.usual)
+	switch {
+	case l.round > j.firstRound && (alone || l.takesOthers(j) || l.succeeded.Sub(j.first) > 2*l.usual):
+	case last && idle && l.round > 1:
+		long *= 10
+	default:
 		return nil, time.Time{}
 	}
-	if at := j.first.Add(max(minStuck, 4*l.usual)); now.Before(at) {
+	if at := j.first.Add(long); now.Before(at) {
 		return nil, at
 	}
 	return j, time.Time{}

@@ -283,7 +283,7 @@ func (r *running) setAside() (acted bool, at time.Time) {
 		return false, time.Time{}
 	}
 	now := time.Now()
-	j, at := r.lanes.stuck(now)
+	j, at := r.lanes.stuck(now, !r.open)
 	switch {
 	case j == nil:
 		return false, at
