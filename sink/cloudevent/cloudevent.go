@@ -31,6 +31,16 @@ var (
 	ErrPayload = errors.New("payload does not fit its content type")
 )
 
+// Reason returns what the errors of this package have in common that are the same to an operator.
+func Reason(err error) string {
+	for _, known := range []error{ErrHeader, ErrPayload} {
+		if errors.Is(err, known) {
+			return known.Error()
+		}
+	}
+	return "cannot be written as a CloudEvent"
+}
+
 // Envelope says what all events of one bridge have in common. It may be used by several goroutines.
 type Envelope struct {
 	// Source is the CloudEvents source.

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 
+	gocmp "github.com/google/go-cmp/cmp"
+
 	"ebb/event"
 	"ebb/sink"
 )
@@ -332,4 +334,229 @@ func reopenedWhenEmpty(f *fixture) {
 	f.deliver(messages, 5)
 	f.reopen()
 	f.resume(messages...)
+}
+
+// spoil gives some of the messages what no sink passes on, and returns which: with a key at first, in the middle and at the end of it, and without.
+func spoil(messages []Message, at ...int) {
+	for _, i := range at {
+		messages[i].Headers = map[string]string{"tenant": "a\rb"}
+	}
+}
+
+// split returns which of the messages must be delivered, and which must be kept, as they are spoilt or behind such a one of the same key.
+func split(messages []Message) (good, bad []Message) {
+	held := map[string]bool{}
+	for _, m := range messages {
+		spoilt := strings.Contains(m.Headers["tenant"], "\r")
+		if m.Key != nil {
+			spoilt = spoilt || held[*m.Key]
+			held[*m.Key] = spoilt
+		}
+		if spoilt {
+			bad = append(bad, m)
+		} else {
+			good = append(good, m)
+		}
+	}
+	return good, bad
+}
+
+// expectLetters compares what is kept with what must be.
+func (f *fixture) expectLetters(want []Message) {
+	f.t.Helper()
+	var got []Message
+	for _, l := range f.dead.Letters() {
+		got = append(got, l.Message)
+		spoilt := strings.Contains(l.Headers["tenant"], "\r")
+		if spoilt == (l.Reason == sink.Queued) && l.Reason != sink.Queued || l.Reason == "" || l.Attempts > 0 || l.Retry || !l.Committed {
+			f.t.Errorf("event %s is kept for %q, %d attempts, retry %v, committed %v", l.ID, l.Reason, l.Attempts, l.Retry, l.Committed)
+		}
+	}
+	if f.h.PerKey { // letters of different keys are in no order
+		got = f.inOrder(got, want)
+	}
+	if diff := gocmp.Diff(want, got); diff != "" {
+		f.t.Fatalf("letters (-want +got):\n%s", diff)
+	}
+}
+
+// parked delivers events some of which cannot be delivered: the others are, but for those that are behind them.
+func parked(f *fixture) {
+	f.dead = NewDeadLetters(f.t, time.Millisecond)
+	messages := f.sequence(300)
+	spoil(messages, 0, 4, 9, 10, 32, 33, 150, 299)
+	good, bad := split(messages)
+	if len(bad) < 20 || len(good) < 50 {
+		f.t.Fatalf("%d good ones and %d bad ones are no test", len(good), len(bad))
+	}
+	f.resume()
+	r := f.start(messages)
+	r.handAll(40)
+	r.finish()
+	f.expect(good)
+	f.expectLetters(bad)
+	if f.h.Resumes {
+		f.resume(good...)
+	} else {
+		f.resume(messages...)
+	}
+}
+
+// keptLate finds out whether anything counts as delivered that is kept behind nothing but a promise.
+func keptLate(f *fixture) {
+	f.dead = NewDeadLetters(f.t, 0)
+	f.dead.Pause(true)
+	messages := f.sequence(40)
+	spoil(messages, 11, 20)
+	good, bad := split(messages)
+	f.resume()
+	r := f.start(messages)
+	if !r.hand(len(messages), patience) {
+		f.t.Fatal("run takes no events")
+	}
+	r.awaitDelivered(11)
+	f.dead.Await("an event is parked", func(letters []Letter) bool { return len(letters) > 0 })
+	r.mu.Lock()
+	if r.delivered > 11 {
+		f.t.Errorf("%d events count as delivered, although event 12 is not kept", r.delivered)
+	}
+	r.mu.Unlock()
+	f.dead.Pause(false)
+	r.finish()
+	f.expect(good)
+	f.expectLetters(bad)
+}
+
+// blocked is about dead letters that are asked, while nothing new is to be parked.
+func blocked(f *fixture) {
+	f.dead = NewDeadLetters(f.t, time.Millisecond)
+	messages := f.sequence(60)
+	spoil(messages, 1)
+	good, bad := split(messages[:30])
+	f.resume()
+	f.deliver(messages[:30], 10)
+	f.expect(good)
+	f.expectLetters(bad)
+
+	f.block = true
+	more, queued := split(append([]Message{messages[1]}, messages[30:]...))
+	spoil(messages, 59) // of another key than the one that is held
+	if *messages[59].Key == *messages[1].Key {
+		f.t.Fatal("the last event is held as well")
+	}
+	f.tail()
+	r := f.start(messages[30:])
+	r.handAll(30)
+	n, err := r.wait(patience)
+	var rejection *sink.RejectedError
+	if !errors.As(err, &rejection) || rejection.ID != messages[59].ID || n != 29 {
+		f.t.Fatalf("run delivered %d of 29 events: %v", n, err)
+	}
+	f.expect(append(good, more[:len(more)-1]...))
+	f.expectLetters(append(bad, queued[1:]...))
+}
+
+// retried delivers what was kept, while others go on.
+func retried(f *fixture) {
+	f.dead = NewDeadLetters(f.t, time.Millisecond)
+	messages := f.sequence(200)
+	spoil(messages, 1, 2, 4)
+	good, bad := split(messages[:100])
+	f.resume()
+	r := f.start(messages)
+	r.handAllOf(100, 10)
+	r.awaitDelivered(100)
+	f.expect(good)
+
+	// The first one still cannot be delivered, and those behind it are not tried.
+	if got := f.dead.Retry(*messages[1].Key, 100); got.Delivered != 0 || got.Failure == nil || !got.Failure.Rejected || got.Failure.Reason == "" {
+		f.t.Fatalf("a retry of what cannot be delivered: %+v, %+v", got, got.Failure)
+	}
+	if got := f.dead.Retry(messages[4].ID, 1); got.Delivered != 0 || got.Failure == nil || !got.Failure.Rejected {
+		f.t.Fatalf("a retry of what cannot be delivered: %+v, %+v", got, got.Failure)
+	}
+	f.expect(good)
+	f.dead.Discard(messages[1].ID)
+	again := append([]Message(nil), good...)
+	take := func(most int) {
+		f.t.Helper()
+		var want []Message
+		for _, m := range bad {
+			if keyOf(m) == *messages[1].Key && m.ID != messages[1].ID && !f.dead.delivered(m.ID) && len(want) < most {
+				m.Origin = event.Retried
+				want = append(want, m)
+			}
+		}
+		got := f.dead.Retry(*messages[1].Key, most)
+		if got.Delivered != len(want) || got.Failure != nil {
+			f.t.Fatalf("a retry of %d events delivered %d: %+v", len(want), got.Delivered, got.Failure)
+		}
+		again = append(again, want...)
+		f.expect(again)
+	}
+	take(1)
+	take(3)
+	// Others go on, and those of the key queue until nothing of it is left.
+	first := messages[100:150]
+	r.handAllOf(50, 10)
+	r.awaitDelivered(150)
+	for _, m := range first {
+		if key := keyOf(m); key == *messages[1].Key || key == *messages[2].Key {
+			bad = append(bad, m)
+		} else {
+			again = append(again, m)
+		}
+	}
+	f.expect(again)
+	take(100)
+	r.handAll(10)
+	r.finish()
+	for _, m := range messages[150:] {
+		if key := keyOf(m); key != *messages[2].Key {
+			again = append(again, m)
+		}
+	}
+	f.expect(again)
+}
+
+// keyOf returns the key of m, or "".
+func keyOf(m Message) string {
+	if m.Key == nil {
+		return ""
+	}
+	return *m.Key
+}
+
+// cancelledWhileRetried ends a Run that retries something while nothing can be delivered.
+func cancelledWhileRetried(f *fixture) {
+	f.dead = NewDeadLetters(f.t, time.Millisecond)
+	messages := f.sequence(60)
+	spoil(messages, 1)
+	good, _ := split(messages)
+	f.resume()
+	r := f.start(messages)
+	r.handAll(20)
+	r.awaitDelivered(len(messages))
+	f.dead.Discard(messages[1].ID)
+	f.h.Break(f.t)
+	ended := f.dead.Hand(*messages[1].Key, 5)
+	r.stop()
+	select {
+	case got := <-ended:
+		if got.Delivered != 0 || got.Failure != nil && got.Failure.Rejected {
+			f.t.Errorf("a retry of a Run that was cancelled: %+v, %+v", got, got.Failure)
+		}
+	default:
+		f.t.Error("the Run has ended, and the retry has not")
+	}
+	f.h.Mend(f.t)
+	f.expect(good)
+
+	// What is retried holds up no end of a Run either.
+	f.tail()
+	r = f.start(nil)
+	if got := f.dead.Retry(*messages[1].Key, 2); got.Delivered != 2 || got.Failure != nil {
+		f.t.Fatalf("a retry of two events: %+v, %+v", got, got.Failure)
+	}
+	r.finish()
 }

@@ -31,6 +31,10 @@ type fixture struct {
 	h    Harness
 	sink sink.Sink
 	rand *rand.Rand
+	// dead, unless nil, keeps what cannot be delivered.
+	dead *DeadLetters
+	// block is [sink.Outcome.Block].
+	block bool
 
 	// confirmed is how many distinct events the destination is known to hold, by what the sink said.
 	confirmed int
@@ -122,7 +126,11 @@ func (f *fixture) start(messages []Message) *running {
 	go func() { // ended is waited for by the cleanup below, at the latest
 		defer close(r.ended)
 		r.err = errors.New("the goroutine of Run was ended by a harness")
-		r.err = s.Run(ctx, r.in, sink.Outcome{Delivered: r.onDelivered})
+		out := sink.Outcome{Delivered: r.onDelivered, Block: f.block}
+		if f.dead != nil {
+			out.Dead = f.dead
+		}
+		r.err = s.Run(ctx, r.in, out)
 	}()
 	f.t.Cleanup(func() {
 		cancel()
@@ -157,16 +165,21 @@ func (r *running) onDelivered(p sink.Progress) {
 		t.Errorf("delivered says %d events in all, but only %d were handed over", total, handed)
 		return
 	}
-	if want := messages[total-1].Position; p.Position != want {
+	kept, n := r.kept(messages[:total], n)
+	last := total - 1
+	for r.f.h.Resumes && last > 0 && kept[messages[last].ID] {
+		last-- // positions are those of what is stored
+	}
+	if want := messages[last].Position; p.Position != want && !kept[messages[last].ID] {
 		t.Errorf("delivered says %d events up to %v, but that one has position %v", total, p.Position, want)
 	}
 	if r.sequence > 0 && p.Sequence < r.sequence+uint64(n) {
 		t.Errorf("delivered says that %d events after sequence %d end at sequence %d", n, r.sequence, p.Sequence)
 	}
-	if count := r.f.h.Count(t); count < r.f.confirmed+total {
-		t.Errorf("delivered says %d events, but the destination holds %d", r.f.confirmed+total, count)
+	if count := r.f.h.Count(t); count < r.f.confirmed+total-len(kept) {
+		t.Errorf("delivered says %d events, but the destination holds %d", r.f.confirmed+total-len(kept), count)
 	}
-	scribble()
+	Scribble()
 	r.mu.Lock()
 	r.delivered, r.sequence = total, p.Sequence
 	if r.f.known.Position.IsZero() || total%3 == 0 {
@@ -175,6 +188,39 @@ func (r *running) onDelivered(p sink.Progress) {
 	close(r.changed)
 	r.changed = make(chan struct{})
 	r.mu.Unlock()
+}
+
+// stored returns how many of the first n messages are not kept.
+func (r *running) stored(n int) int {
+	_, n = r.kept(r.messages[:n], n)
+	return n
+}
+
+// kept returns which of the messages are kept, and how many of the last n are not. What is kept must be committed.
+func (r *running) kept(messages []Message, n int) (map[string]bool, int) {
+	kept := map[string]bool{}
+	if r.f.dead == nil {
+		return kept, n
+	}
+	committed := map[string]bool{}
+	for _, l := range r.f.dead.Letters() {
+		committed[l.ID] = l.Committed
+	}
+	from := len(messages) - n
+	for i, m := range messages {
+		is, ok := committed[m.ID]
+		if !ok {
+			continue
+		}
+		if !is {
+			r.f.t.Errorf("delivered says %d events, but event %d is parked, and that is not committed", len(messages), i+1)
+		}
+		kept[m.ID] = true
+		if i >= from {
+			n--
+		}
+	}
+	return kept, n
 }
 
 // hand hands the next messages over as one batch. It returns false when that took longer than wait, or the Run ended.
@@ -187,7 +233,7 @@ func (r *running) hand(n int, wait time.Duration) bool {
 	defer timer.Stop()
 	select {
 	case r.in <- batch:
-		scribble()
+		Scribble()
 		return true
 	case <-r.ended:
 	case <-timer.C:
@@ -202,7 +248,14 @@ func (r *running) hand(n int, wait time.Duration) bool {
 // handAll hands over what is left, in batches of random size up to most.
 func (r *running) handAll(most int) {
 	r.f.t.Helper()
-	for left := len(r.messages) - r.handed; left > 0; left = len(r.messages) - r.handed {
+	r.handAllOf(len(r.messages)-r.handed, most)
+}
+
+// handAllOf hands over the next n.
+func (r *running) handAllOf(n, most int) {
+	r.f.t.Helper()
+	until := r.handed + n
+	for left := n; left > 0; left = until - r.handed {
 		if !r.hand(min(left, 1+r.f.rand.IntN(most)), patience) {
 			select {
 			case <-r.ended:
@@ -272,7 +325,7 @@ func (r *running) finish() {
 	if n != r.handed {
 		r.f.t.Fatalf("run ended well, but delivered only %d of %d events", n, r.handed)
 	}
-	r.f.confirmed += n
+	r.f.confirmed += r.stored(n)
 }
 
 // stop ends the Run's context and expects that Run ends with its error.
@@ -283,7 +336,7 @@ func (r *running) stop() {
 	if !errors.Is(err, context.Canceled) {
 		r.f.t.Fatalf("run: got %v, want that the context was canceled", err)
 	}
-	r.f.confirmed += n
+	r.f.confirmed += r.stored(n)
 }
 
 // deliver runs the sink with messages, in batches of random size up to most, until all is delivered.
@@ -303,6 +356,17 @@ func (f *fixture) expect(want []Message) {
 	}
 	if f.h.PerKey {
 		got = f.inOrder(got, want)
+	}
+	for i, m := range got {
+		if m.Origin != event.Retried || i >= len(want) {
+			continue
+		}
+		if f.h.Resumes && i > 0 && m.Position != got[i-1].Position {
+			f.t.Fatalf("event %s, which is retried, has position %v, behind one with %v", m.ID, m.Position, got[i-1].Position)
+		}
+		if f.h.Resumes {
+			got[i].Position = want[i].Position
+		}
 	}
 	for i := range min(len(want), len(got)) {
 		if diff := gocmp.Diff(shorten(want[i]), shorten(like(got[i], want[i]))); diff != "" || got[i].Payload != want[i].Payload {
@@ -374,23 +438,7 @@ func shorten(m Message) Message {
 func newBatch(messages []Message, random *rand.Rand) *event.Batch {
 	b := event.NewBatch()
 	for i, m := range messages {
-		e := event.Event{
-			Position:    m.Position,
-			ID:          b.Copy([]byte(m.ID)),
-			Topic:       b.Copy([]byte(m.Topic)),
-			Payload:     b.Copy([]byte(m.Payload)),
-			ContentType: m.ContentType,
-			Time:        m.Time,
-			Origin:      m.Origin,
-		}
-		if m.Key != nil {
-			e.Key = b.Copy([]byte(*m.Key))
-		}
-		for _, name := range slices.Sorted(maps.Keys(m.Headers)) {
-			b.AddHeader(event.Header{Name: b.Copy([]byte(name)), Value: b.Copy([]byte(m.Headers[name]))})
-		}
-		e.Headers = b.TakeHeaders(len(m.Headers))
-		b.Events = append(b.Events, e)
+		addTo(b, m)
 		if i+1 < len(messages) && messages[i+1].Position.Commit != m.Position.Commit || random.IntN(4) == 0 {
 			b.MarkEnd(m.Position.Commit + 1)
 		}
@@ -398,11 +446,32 @@ func newBatch(messages []Message, random *rand.Rand) *event.Batch {
 	return b
 }
 
+// addTo adds m to a batch.
+func addTo(b *event.Batch, m Message) {
+	e := event.Event{
+		Position:    m.Position,
+		ID:          b.Copy([]byte(m.ID)),
+		Topic:       b.Copy([]byte(m.Topic)),
+		Payload:     b.Copy([]byte(m.Payload)),
+		ContentType: m.ContentType,
+		Time:        m.Time,
+		Origin:      m.Origin,
+	}
+	if m.Key != nil {
+		e.Key = b.Copy([]byte(*m.Key))
+	}
+	for _, name := range slices.Sorted(maps.Keys(m.Headers)) {
+		b.AddHeader(event.Header{Name: b.Copy([]byte(name)), Value: b.Copy([]byte(m.Headers[name]))})
+	}
+	e.Headers = b.TakeHeaders(len(m.Headers))
+	b.Events = append(b.Events, e)
+}
+
 var poison = bytes.Repeat([]byte{0xdb}, 32<<10)
 
-// scribble overwrites the memory of the batches that were released last, so that whoever still reads it is found out: by what is
+// Scribble overwrites the memory of the batches that were released last, so that whoever still reads it is found out: by what is
 // received, or by the race detector.
-func scribble() {
+func Scribble() {
 	var batches [4]*event.Batch
 	for i := range batches {
 		batches[i] = event.NewBatch()

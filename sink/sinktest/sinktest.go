@@ -40,6 +40,8 @@ type Harness struct {
 	ExactlyOnce bool
 	// PerKey says that only events of the same key are in order, and those without a key in none.
 	PerKey bool
+	// Parks says that events which cannot be delivered are parked, where there are dead letters.
+	Parks bool
 }
 
 // Message is an event as a subscriber sees it, with every encoding undone.
@@ -127,6 +129,11 @@ func Run(t *testing.T, h Harness) {
 		{name: "payloads", run: payloads},
 		{name: "keys and topics", run: keysAndTopics},
 		{name: "recovered", run: recovered},
+		{name: "parked", run: parked, skip: !h.Parks},
+		{name: "kept late", run: keptLate, skip: !h.Parks},
+		{name: "blocked", run: blocked, skip: !h.Parks},
+		{name: "retried", run: retried, skip: !h.Parks},
+		{name: "cancelled while retried", run: cancelledWhileRetried, skip: !h.Parks || h.Break == nil},
 		{name: "killed", run: killed},
 		{name: "resumes at what is known", run: resumesAtKnown, skip: h.Resumes},
 		{name: "reopened when empty", run: reopenedWhenEmpty, skip: !h.Resumes},

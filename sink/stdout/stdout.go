@@ -40,8 +40,18 @@ type Sink struct {
 type write struct {
 	done chan struct{}
 	err  error // valid when done is closed
+	// n and upTo are about what comes before the first event that the dead letters keep.
 	n    int
 	upTo event.Position
+}
+
+// passage is a batch on its way.
+type passage struct {
+	n    int
+	last event.Position
+	// kept has an element for each of the held events once that is kept.
+	held int
+	kept chan struct{}
 }
 
 var _ sink.Sink = (*Sink)(nil)
@@ -72,10 +82,14 @@ func (s *Sink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) 
 	return sink.Tail{Position: s.position}, nil
 }
 
-// Run writes the batches from in. An error of Write is final: a pipe whose reader went away does not come back.
+// Run writes the batches from in, and what is retried between them. An error of Write is final: a pipe whose reader went away does not come back.
 func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, out sink.Outcome) error {
 	if err := s.settle(ctx); err != nil {
 		return err
+	}
+	var retries <-chan *sink.Retry
+	if out.Dead != nil {
+		retries = out.Dead.Retries()
 	}
 	for {
 		if err := ctx.Err(); err != nil {
@@ -88,50 +102,132 @@ func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, out sink.Outcome
 			if !ok {
 				return nil
 			}
-			rejected := s.begin(batch)
+			p, rejected := s.begin(batch, out)
 			batch.Release()
-			if s.writing != nil {
-				w, err := s.finish(ctx)
-				if err != nil {
-					return err
-				}
-				out.Delivered(sink.Progress{Events: w.n, Position: w.upTo})
+			if err := s.pass(ctx, p, out); err != nil {
+				return err
 			}
 			if rejected != nil {
 				return rejected
+			}
+		case retry := <-retries:
+			if err := s.retry(ctx, retry); err != nil {
+				return err
 			}
 		}
 	}
 }
 
-// begin starts to write the batch, up to an event that cannot be written. It keeps nothing of the batch.
-func (s *Sink) begin(batch *event.Batch) error {
-	if cap(s.buf) > maxKept {
-		s.buf = nil
-	}
+// begin starts to write the batch, and has kept what is not to be written. Unless it is parked, an event that cannot be written ends that. It
+// keeps nothing of the batch.
+func (s *Sink) begin(batch *event.Batch, out sink.Outcome) (*passage, error) {
+	p := &passage{kept: make(chan struct{}, len(batch.Events))}
+	kept := func() { p.kept <- struct{}{} }
 	var rejected error
-	w := &write{done: make(chan struct{})}
-	buf := s.buf[:0]
+	var first int
+	var upTo event.Position
+	buf := s.lines()
 	for i := range batch.Events {
 		e := &batch.Events[i]
-		line, err := s.envelope.AppendJSON(buf, e)
-		if err != nil {
+		if out.Dead != nil && out.Dead.Queue(e, kept) {
+			p.held++
+		} else if line, err := s.envelope.AppendJSON(buf, e); err == nil {
+			buf = append(line, '\n')
+		} else if out.Parks() {
+			p.held++
+			f := refusal(err)
+			s.log.Warn("event parked; see ebb dead", "event", string(e.ID), "position", e.Position, "reason", f.Reason, "detail", f.Detail)
+			out.Dead.Park([]sink.Letter{{Event: e, Reason: f.Reason, Detail: f.Detail}}, kept)
+		} else {
 			rejected = &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: err}
 			break
 		}
+		p.n, p.last = i+1, e.Position
+		if p.held == 0 {
+			first, upTo = p.n, p.last
+		}
+	}
+	s.write(buf, first, upTo)
+	return p, rejected
+}
+
+// pass waits until all of a batch is written or kept.
+func (s *Sink) pass(ctx context.Context, p *passage, out sink.Outcome) error {
+	told := 0
+	if s.writing != nil {
+		w, err := s.finish(ctx)
+		if err != nil {
+			return err
+		}
+		if told = w.n; told > 0 {
+			out.Delivered(sink.Progress{Events: told, Position: w.upTo})
+		}
+	}
+	for range p.held {
+		select {
+		case <-p.kept:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	if p.n > told {
+		s.position = p.last
+		out.Delivered(sink.Progress{Events: p.n - told, Position: p.last})
+	}
+	return nil
+}
+
+// retry writes events that were kept.
+func (s *Sink) retry(ctx context.Context, retry *sink.Retry) error {
+	var failure *sink.Failure
+	n := 0
+	buf := s.lines()
+	for i := range retry.Batch.Events {
+		line, err := s.envelope.AppendJSON(buf, &retry.Batch.Events[i])
+		if err != nil {
+			failure = refusal(err)
+			break
+		}
 		buf = append(line, '\n')
-		w.n, w.upTo = i+1, e.Position
+		n++
 	}
-	s.buf = buf
-	if w.n == 0 {
-		return rejected
+	retry.Batch.Release()
+	s.write(buf, 0, event.Position{})
+	if s.writing != nil {
+		if _, err := s.finish(ctx); err != nil {
+			retry.Done(0, 0, nil)
+			return err
+		}
 	}
+	retry.Done(n, 0, failure)
+	return nil
+}
+
+// refusal says why an event can never be written.
+func refusal(err error) *sink.Failure {
+	return &sink.Failure{Rejected: true, Reason: cloudevent.Reason(err), Detail: err.Error()}
+}
+
+// lines returns memory for the lines of a batch.
+func (s *Sink) lines() []byte {
+	if cap(s.buf) > maxKept {
+		s.buf = nil
+	}
+	return s.buf[:0]
+}
+
+// write starts to write lines, unless there are none, with which the first n events of a batch are delivered.
+func (s *Sink) write(lines []byte, n int, upTo event.Position) {
+	s.buf = lines
+	if len(lines) == 0 {
+		return
+	}
+	w := &write{done: make(chan struct{}), n: n, upTo: upTo}
 	s.writing = w
 	go func() { // finish waits for it
 		defer close(w.done)
-		_, w.err = s.out.Write(buf)
+		_, w.err = s.out.Write(lines)
 	}()
-	return rejected
 }
 
 // settle waits for the write that an earlier Run left behind, if there is one.
@@ -160,7 +256,9 @@ func (s *Sink) finish(ctx context.Context) (*write, error) {
 	if w.err != nil {
 		return nil, fmt.Errorf("write events to the output: %w; start ebb again when there is a reader or room for it", w.err)
 	}
-	s.position = w.upTo
+	if w.n > 0 {
+		s.position = w.upTo
+	}
 	return w, nil
 }
 

@@ -58,6 +58,7 @@ func TestConformance(t *testing.T) {
 			return bytes.Count(out.buf.Bytes(), []byte("\n"))
 		},
 		ExactlyOnce: true,
+		Parks:       true,
 	})
 }
 

@@ -24,7 +24,11 @@ const (
 	maxRetryAfter = time.Hour
 )
 
-var errTimeout = errors.New("timeout")
+// errTimeout and errAside are why a request is cancelled that has had no answer.
+var (
+	errTimeout = errors.New("timeout")
+	errAside   = errors.New("set aside")
+)
 
 // failure is why an attempt has not delivered.
 type failure struct {
@@ -32,6 +36,7 @@ type failure struct {
 	reason     string // the same for what is the same to an operator
 	body       []byte // the beginning of the response
 	retryAfter time.Duration
+	cancelled  bool // by errAside
 }
 
 // rejects reports whether the receiver has said that it does not want what it was sent, whenever that is.
@@ -43,21 +48,29 @@ func (f *failure) rejects() bool {
 	return f.status < 500
 }
 
-// patience is how often a request with several events is sent as it is to a receiver that answers with an error of its own.
-const patience = 3
-
-// concernsContent reports whether a request with fewer events may fare better: the receiver has read it and does not like it, or fails on it
-// time and again. Where it does not answer, asks to be left alone, or does not let ebb in, there is no sense in it.
-func (f *failure) concernsContent(attempts int) bool {
+// rejectsContent reports whether the receiver has read what it was sent and does not want that. Other rejections may be about the URL or the
+// credentials, which are the same for all events.
+func (f *failure) rejectsContent() bool {
 	switch f.status {
-	case 0, http.StatusServiceUnavailable, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusMethodNotAllowed,
-		http.StatusProxyAuthRequired:
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusProxyAuthRequired:
 		return false
 	}
-	if f.status >= 500 {
-		return attempts >= patience
-	}
 	return f.status >= 400 && f.rejects()
+}
+
+// patience is how often something is sent as it is for which the answer may be another the next time.
+const patience = 3
+
+// needsSplit reports whether a request with fewer events may fare better: the receiver has read it and does not like it, or fails on it
+// time and again. Where it does not answer, asks to be left alone, or does not let ebb in, there is no sense in it, unless it takes others.
+func (f *failure) needsSplit(attempts int, takesOthers bool) bool {
+	switch {
+	case f.rejectsContent():
+		return true
+	case attempts < patience:
+		return false
+	}
+	return takesOthers || f.status >= 500 && f.status != http.StatusServiceUnavailable
 }
 
 // attempt sends one request with the events of the parcels. It returns nil when the receiver has taken them.
@@ -99,22 +112,19 @@ func (s *Sink) post(ctx context.Context, header http.Header, payload []byte) *fa
 	timer := time.AfterFunc(s.timeout, func() { cancel(errTimeout) })
 	defer timer.Stop()
 
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.url, nil)
+	// net/http may read the payload after it has returned the response, which does no harm: its memory is never another event's.
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.url, bytes.NewReader(payload))
 	if err != nil {
 		return &failure{reason: describe(err)}
 	}
-	body := &payloadBody{p: payload}
-	defer body.seal()
 	req.Header = header
-	if len(payload) > 0 { // else Body stays nil, and net/http sends Content-Length: 0
-		req.ContentLength = int64(len(payload))
-		req.GetBody = func() (io.ReadCloser, error) { return body.reader(), nil }
-		req.Body = body.reader()
-	}
 	resp, err := s.client.Do(req)
 	if err != nil {
-		if errors.Is(context.Cause(ctx), errTimeout) {
+		switch cause := context.Cause(ctx); {
+		case errors.Is(cause, errTimeout):
 			return &failure{reason: fmt.Sprintf("no answer within %v", s.timeout)}
+		case errors.Is(cause, errAside):
+			return &failure{reason: "no answer", cancelled: true}
 		}
 		return &failure{reason: describe(err)}
 	}
@@ -142,12 +152,14 @@ func statusText(code int) string {
 	text := http.StatusText(code)
 	switch {
 	case code >= 300 && code <= 399:
-		return fmt.Sprintf("%d %s: redirects are not followed; set the sink's URL to where the receiver is", code, text)
+		return fmt.Sprintf("%d %s: %s", code, text, hintRedirect)
 	case text == "":
 		return strconv.Itoa(code)
 	}
 	return fmt.Sprintf("%d %s", code, text)
 }
+
+const hintRedirect = "redirects are not followed; set the sink's URL to where the receiver is"
 
 // describe says what went wrong without the URL, whose query may hold a secret, and without addresses, whose ports differ each time.
 func describe(err error) string {

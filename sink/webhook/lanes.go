@@ -22,25 +22,31 @@ type limits struct {
 	pause, probe func() *pause
 }
 
-// parcel is an event on its way to the receiver.
+// parcel is an event on its way to the receiver, or to the dead letters. Its memory is its own: a batch would be held up as a whole by one event
+// of it.
 type parcel struct {
-	number    uint64 // in order of arrival
-	lane      *lane
-	size      int
-	most      int // how many events may share its request; 0 is any number
-	delivered bool
+	number uint64 // in order of arrival
+	lane   *lane  // nil when it is not to be sent, or no more
+	job    *job
+	size   int  // of its memory
+	wire   int  // what it takes of a request with several events
+	most   int  // how many events may share its request; 0 is any number
+	done   bool // delivered, or kept
 
 	position event.Position
-	id       []byte
-	event    *event.Event // in binary mode
-	held     *held        // what event points into
-	body     []byte       // in the other modes
+	event    event.Event
+	body     []byte // unless in binary mode
+	refusal  error  // why it can never be sent
+
+	attempts    int
+	first, last time.Time // of the attempts
 }
 
 // lane holds the parcels of one key in order. Those in a job are its first ones, and while there are any, no other job gets more.
 type lane struct {
 	key     string
 	keyed   bool
+	retry   bool // of events that were kept: not of the queue, and not of byKey
 	parcels []*parcel
 	busy    int // how many are in a job
 }
@@ -49,25 +55,40 @@ type lane struct {
 type job struct {
 	parcels  []*parcel // in order of arrival
 	attempts int
+	inFlight bool
 	pause    *pause
 	due      time.Time // of the next attempt
 	told     bool      // by the receiver, in Retry-After
 	round    uint64    // in which it last failed
-	logged   bool      // that it failed
-	since    time.Time // of the first failure
+
+	sent, first       time.Time // of the last attempt and the first one
+	firstRound        uint64    // in which it was first sent
+	failed            bool
+	firstFailureRound uint64
+
+	// What follows is of those who send it.
+	cancel  func()
+	aside   bool      // it was cancelled, to be set aside
+	failure *failure  // the last one
+	logged  bool      // that it failed
+	since   time.Time // of the first failure
 }
 
 // lanes decides which event goes out when. It does no I/O, knows the time only from its callers, and is used by one goroutine.
 //
 // Events of one key are in flight strictly one request after the other, until the receiver has said yes; those without a key wait for
 // nobody. Of what may go, the oldest goes first. A job that waits for its next attempt takes no place of the requests in flight.
+//
+// What cannot be delivered is taken out, with all that is behind it in its lane, and counts as delivered once it is kept elsewhere. Retries are
+// lanes of their own, of which nothing waits for the other.
 type lanes struct {
 	limits
-	queue  []*parcel // from the oldest undelivered one on
+	queue  []*parcel // from the oldest one on that is not done
 	size   int       // of queue
 	number uint64
 	byKey  map[string]*lane
 
+	refused  []*lane        // whose first parcel cannot be sent
 	fresh    ordered[*lane] // with parcels, and none in a job
 	again    ordered[*job]  // whose time has come
 	waiting  ordered[*job]
@@ -89,7 +110,15 @@ type breaker struct {
 	probing *pause
 	// probeFresh says that the last probe was of an event that had not been tried before.
 	probeFresh bool
+	// failures is how many attempts failed in this round.
+	failures int
+	// succeeded is when a request last did, and usual how long those take that do.
+	succeeded time.Time
+	usual     time.Duration
 }
+
+// minStuck is how long a job must have been under way, at least, to count as stuck.
+const minStuck = time.Second
 
 func newLanes(l limits) *lanes {
 	return &lanes{
@@ -119,17 +148,48 @@ func (l *lanes) add(p *parcel, key []byte) {
 		ln = &lane{key: string(key), keyed: true}
 		l.byKey[ln.key] = ln
 	}
-	l.number++
-	p.number, p.lane = l.number, ln
-	l.queue = append(l.queue, p)
-	l.size += p.size
+	l.hold(p)
+	p.lane = ln
 	ln.parcels = append(ln.parcels, p)
 	if len(ln.parcels) == 1 {
+		l.line(ln)
+	}
+}
+
+// hold adds a parcel that is not to be sent, and is done when [lanes.kept] says so.
+func (l *lanes) hold(p *parcel) {
+	l.number++
+	p.number = l.number
+	l.queue = append(l.queue, p)
+	l.size += p.size
+}
+
+// retry adds a lane of parcels that were kept. They are no part of what is delivered in order.
+func (l *lanes) retry(parcels []*parcel) *lane {
+	ln := &lane{retry: true, parcels: parcels}
+	for _, p := range parcels {
+		l.number++
+		p.number, p.lane = l.number, ln
+	}
+	l.fresh.push(ln)
+	return ln
+}
+
+// line puts a lane with no parcel in a job to where it belongs.
+func (l *lanes) line(ln *lane) {
+	switch {
+	case len(ln.parcels) == 0:
+		if ln.keyed {
+			delete(l.byKey, ln.key)
+		}
+	case ln.parcels[0].refusal != nil:
+		l.refused = append(l.refused, ln)
+	default:
 		l.fresh.push(ln)
 	}
 }
 
-// next returns what is to be sent now, or nil. [lanes.delivered], [lanes.failed] or [lanes.split] says what came of it.
+// next returns what is to be sent now, or nil. [lanes.delivered], [lanes.failed], [lanes.split] or [lanes.rejected] says what came of it.
 func (l *lanes) next(now time.Time) *job {
 	for l.waiting.len() > 0 && !l.waiting.first().due.After(now) {
 		l.again.push(l.waiting.pop())
@@ -138,9 +198,20 @@ func (l *lanes) next(now time.Time) *job {
 		return nil
 	}
 	j := l.pick()
-	if j != nil {
-		l.inFlight++
-		j.attempts++
+	if j == nil {
+		return nil
+	}
+	l.inFlight++
+	j.attempts++
+	j.inFlight, j.sent = true, now
+	if j.attempts == 1 {
+		j.first, j.firstRound = now, l.round
+	}
+	for _, p := range j.parcels {
+		if p.attempts++; p.attempts == 1 {
+			p.first = now
+		}
+		p.last = now
 	}
 	return j
 }
@@ -164,17 +235,21 @@ func (l *lanes) pick() *job {
 	most, size := l.batch, 0
 	for l.fresh.len() > 0 {
 		ln := l.fresh.first()
+		if len(j.parcels) > 0 && (ln.retry || j.parcels[0].lane.retry) {
+			break // a retry ends with its first failure, which must be its own
+		}
 		for _, p := range ln.parcels {
 			m := most
 			if p.most > 0 {
 				m = min(m, p.most)
 			}
-			if n := len(j.parcels); n > 0 && (n >= m || size+p.size > l.batchBytes) {
+			if n := len(j.parcels); n > 0 && (n >= m || size+p.wire > l.batchBytes) || p.refusal != nil {
 				break
 			}
 			most = m
-			size += p.size
+			size += p.wire
 			ln.busy++
+			p.job = j
 			j.parcels = append(j.parcels, p)
 		}
 		if ln.busy == 0 {
@@ -205,22 +280,41 @@ func (l *lanes) wake() time.Time {
 	return at
 }
 
-// delivered notes that the receiver has j, and returns how many events more are delivered with all before them, and the last of those.
-func (l *lanes) delivered(j *job) (n int, last *parcel) {
-	l.inFlight--
+// delivered notes that the receiver has j, and returns how many events more are done with all before them, and the last of those.
+func (l *lanes) delivered(j *job, now time.Time) (n int, last *parcel) {
+	l.land(j)
 	l.round++
-	l.failing = 0
+	l.failing, l.failures = 0, 0
+	l.succeeded = now
+	if took := now.Sub(j.sent); l.usual == 0 {
+		l.usual = took
+	} else {
+		l.usual += (took - l.usual) / 8
+	}
 	if l.down {
 		l.down, l.probing, l.probeAt = false, nil, time.Time{}
 		l.hurry()
 	}
 	for _, p := range j.parcels {
-		p.delivered = true
-		p.lane.parcels[0] = nil
-		p.lane.parcels = p.lane.parcels[1:]
-		l.free(p.lane)
+		ln := p.lane
+		p.done, p.lane, p.job = true, nil, nil
+		ln.parcels[0] = nil
+		ln.parcels = ln.parcels[1:]
+		l.free(ln)
 	}
-	for len(l.queue) > 0 && l.queue[0].delivered {
+	return l.advance()
+}
+
+// kept notes that parcels which were taken out, or were never in a lane, are kept elsewhere, and returns what delivered does.
+func (l *lanes) kept(parcels []*parcel) (n int, last *parcel) {
+	for _, p := range parcels {
+		p.done = true
+	}
+	return l.advance()
+}
+
+func (l *lanes) advance() (n int, last *parcel) {
+	for len(l.queue) > 0 && l.queue[0].done {
 		last = l.queue[0]
 		l.size -= last.size
 		l.queue[0] = nil
@@ -230,16 +324,122 @@ func (l *lanes) delivered(j *job) (n int, last *parcel) {
 	return n, last
 }
 
+// land notes that an attempt has ended.
+func (l *lanes) land(j *job) {
+	l.inFlight--
+	j.inFlight = false
+}
+
 // free takes a parcel of a lane out of its job.
 func (l *lanes) free(ln *lane) {
-	ln.busy--
-	switch {
-	case ln.busy > 0:
-	case len(ln.parcels) > 0:
-		l.fresh.push(ln)
-	case ln.keyed:
+	if ln.busy--; ln.busy == 0 {
+		l.line(ln)
+	}
+}
+
+// remove takes a lane with no parcel in a job out of the lanes, and returns its parcels.
+func (l *lanes) remove(ln *lane) []*parcel {
+	parcels := ln.parcels
+	ln.parcels, ln.busy = nil, 0
+	for _, p := range parcels {
+		p.lane, p.job = nil, nil
+	}
+	if ln.keyed {
 		delete(l.byKey, ln.key)
 	}
+	return parcels
+}
+
+// drop is remove for a lane that may be waiting for its turn.
+func (l *lanes) drop(ln *lane) []*parcel {
+	l.fresh.remove(ln)
+	return l.remove(ln)
+}
+
+// takeRefused takes out a lane whose first parcel cannot be sent. It returns nil when there is none.
+func (l *lanes) takeRefused() []*parcel {
+	if len(l.refused) == 0 {
+		return nil
+	}
+	ln := l.refused[0]
+	l.refused[0] = nil
+	l.refused = l.refused[1:]
+	return l.remove(ln)
+}
+
+// rejected notes that the only parcel of j is not to be sent again, and takes its lane out. An answer that concerns what was sent says nothing
+// of the receiver, so it counts neither for it nor against it.
+func (l *lanes) rejected(j *job, now time.Time) []*parcel {
+	l.land(j)
+	l.pauseProbes(now, 0)
+	return l.remove(j.parcels[0].lane)
+}
+
+// setAside is rejected for a job that is stuck, in flight or not.
+func (l *lanes) setAside(j *job, now time.Time) []*parcel {
+	l.recall(j, now)
+	return l.remove(j.parcels[0].lane)
+}
+
+// scatter has what is in a job that is stuck go on one by one.
+func (l *lanes) scatter(j *job, now time.Time) {
+	l.recall(j, now)
+	l.unpack(j, 1)
+}
+
+// recall ends a job that is in flight no more, or waits.
+func (l *lanes) recall(j *job, now time.Time) {
+	if j.inFlight {
+		l.land(j)
+		l.pauseProbes(now, 0)
+	} else if !l.waiting.remove(j) {
+		l.again.remove(j)
+	}
+}
+
+// ended notes that a retry has failed for good, and takes it out. Whoever asked for it pauses, so that it says less of the receiver than those
+// that go on, and counts while that is down.
+func (l *lanes) ended(j *job, now time.Time, retryAfter time.Duration) {
+	l.land(j)
+	l.failures++
+	l.pauseProbes(now, retryAfter)
+	l.remove(j.parcels[0].lane)
+}
+
+// takesOthers reports whether the receiver has taken something else since j first failed.
+func (l *lanes) takesOthers(j *job) bool { return !l.down && j.failed && l.round > j.firstFailureRound }
+
+// works reports whether the last answer was a success.
+func (l *lanes) works() bool { return !l.down && l.round > 1 && l.failures == 0 }
+
+// stuck returns the job of the oldest event, if that is what holds up all the others: it is under way for long, while the receiver has taken
+// others clearly after it should have taken this one, or all of them. If that is only a matter of time, it returns when it may be. When no more is to
+// come, the receiver cannot prove itself by what comes, and it counts, much later, that it has taken anything at all.
+//
+// Long is relative: to a receiver that takes its time for every request, a second is nothing. A job that waits holds up nobody while there is work
+// for all requests.
+func (l *lanes) stuck(now time.Time, last bool) (*job, time.Time) {
+	if l.down || len(l.queue) == 0 {
+		return nil, time.Time{}
+	}
+	j := l.queue[0].job
+	if j == nil || j.aside || !j.inFlight && l.inFlight >= l.requests {
+		return nil, time.Time{}
+	}
+	idle := l.fresh.len() == 0 && l.again.len() == 0
+	alone := idle && l.waiting.len()+l.inFlight == 1
+	long := max(minStuck, 4*l.usual)
+	switch {
+	case l.round > j.firstRound && (alone || l.takesOthers(j) || l.succeeded.Sub(j.first) > 2*l.usual):
+	case last && idle && l.round > 1:
+		long *= 10
+	default:
+		return nil, time.Time{}
+	}
+	if at := j.first.Add(long); now.Before(at) {
+		return nil, at
+	}
+	return j, time.Time{}
 }
 
 // hurry has those that wait tried at once, except where the receiver has said when.
@@ -267,6 +467,9 @@ func (l *lanes) failed(j *job, now time.Time, retryAfter time.Duration) time.Dur
 	wait = max(wait, retryAfter)
 	j.due = now.Add(wait)
 	l.waiting.push(j)
+	if !j.failed {
+		j.failed, j.firstFailureRound = true, l.round
+	}
 	l.count(j, now, retryAfter)
 	return wait
 }
@@ -274,15 +477,21 @@ func (l *lanes) failed(j *job, now time.Time, retryAfter time.Duration) time.Dur
 // split notes that j is not to be sent as a whole again: what was in it goes on in halves, until what the receiver does not take is by itself
 // and holds up nobody but its key.
 func (l *lanes) split(j *job, now time.Time) {
+	l.count(j, now, 0)
+	l.unpack(j, len(j.parcels)/2)
+}
+
+// unpack has the parcels of a job go on, at most so many of them in one.
+func (l *lanes) unpack(j *job, most int) {
 	for _, p := range j.parcels {
-		p.most = len(j.parcels) / 2
+		p.most, p.job = most, nil
 		l.free(p.lane)
 	}
-	l.count(j, now, 0)
 }
 
 func (l *lanes) count(j *job, now time.Time, retryAfter time.Duration) {
-	l.inFlight--
+	l.land(j)
+	l.failures++
 	if j.round != l.round {
 		j.round = l.round
 		l.failing++
@@ -290,6 +499,11 @@ func (l *lanes) count(j *job, now time.Time, retryAfter time.Duration) {
 	if !l.down && l.failing >= breakAfter {
 		l.down, l.probing = true, l.probe()
 	}
+	l.pauseProbes(now, retryAfter)
+}
+
+// pauseProbes has a receiver that is down left alone for a while, after an attempt that was no success.
+func (l *lanes) pauseProbes(now time.Time, retryAfter time.Duration) {
 	if !l.down {
 		return
 	}
@@ -305,7 +519,7 @@ func (l *lanes) count(j *job, now time.Time, retryAfter time.Duration) {
 }
 
 // ordered is a heap.
-type ordered[T any] struct {
+type ordered[T comparable] struct {
 	items  []T
 	before func(a, b T) bool
 }
@@ -315,8 +529,17 @@ func (o *ordered[T]) first() T { return o.items[0] }
 func (o *ordered[T]) push(x T) { heap.Push((*heapOf[T])(o), x) }
 func (o *ordered[T]) pop() T   { return heap.Pop((*heapOf[T])(o)).(T) }
 
+// remove removes x, and reports whether it was there.
+func (o *ordered[T]) remove(x T) bool {
+	i := slices.Index(o.items, x)
+	if i >= 0 {
+		heap.Remove((*heapOf[T])(o), i)
+	}
+	return i >= 0
+}
+
 // heapOf keeps the methods that container/heap asks for from those of ordered.
-type heapOf[T any] ordered[T]
+type heapOf[T comparable] ordered[T]
 
 func (h *heapOf[T]) Len() int           { return len(h.items) }
 func (h *heapOf[T]) Less(i, j int) bool { return h.before(h.items[i], h.items[j]) }

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 
 	"ebb/event"
@@ -31,27 +32,59 @@ type message struct {
 	id     string // webhook-id
 }
 
-// pack makes a parcel of e, which is one of h's, or says why it can never be sent. buf is scratch space.
-func (s *Sink) pack(e *event.Event, h *held, buf *[]byte) (*parcel, error) {
-	p := &parcel{position: e.Position, size: e.Size()}
-	var err error
+// pack puts e into p, which keeps nothing of its batch, or finds out why it can never be sent. buf is scratch space.
+func (s *Sink) pack(p *parcel, e *event.Event, buf *[]byte) {
 	if s.format == Binary {
 		// The header is written for each attempt: it takes several times the memory of the event.
-		*buf, err = s.envelope.Headers(e, *buf, func(string, []byte) {})
-		p.id, p.event, p.held = e.ID, e, h
-		return p, err
+		*buf, p.refusal = s.envelope.Headers(e, *buf, func(string, []byte) {})
+		p.fill(e, nil)
+		return
 	}
-	*buf, err = s.envelope.AppendJSON((*buf)[:0], e)
-	if err != nil {
-		return nil, err
-	}
-	p.id, p.body = bytes.Clone(e.ID), bytes.Clone(*buf)
-	p.size = len(p.body) + len(",")
+	*buf, p.refusal = s.envelope.AppendJSON((*buf)[:0], e)
+	p.fill(e, *buf) // of which nothing is left when there is a refusal
 	if cap(*buf) > maxScratch {
 		*buf = nil
 	}
-	return p, nil
 }
+
+// fill copies an event, and what it is in JSON unless that is empty, into one piece of memory. The payload is mostly part of the JSON already.
+func (p *parcel) fill(e *event.Event, body []byte) {
+	size := e.Size() + len(body)
+	shared := len(body) > 0 && len(e.Payload) > 0 && bytes.HasSuffix(body[:len(body)-len("}")], e.Payload)
+	if shared {
+		size -= len(e.Payload)
+	}
+	memory := make([]byte, 0, size)
+	piece := func(b []byte) []byte {
+		if b == nil {
+			return nil
+		}
+		start := len(memory)
+		memory = append(memory, b...)
+		return memory[start:len(memory):len(memory)]
+	}
+	p.event = *e
+	p.event.ID, p.event.Topic, p.event.Key = piece(e.ID), piece(e.Topic), piece(e.Key)
+	p.event.Headers = slices.Clone(e.Headers)
+	for i := range p.event.Headers {
+		h := &p.event.Headers[i]
+		h.Name, h.Value = piece(h.Name), piece(h.Value)
+	}
+	if len(body) > 0 {
+		p.body = piece(body)
+		p.wire = len(p.body) + len(",")
+	}
+	if shared {
+		end := len(p.body) - len("}")
+		p.event.Payload = p.body[end-len(e.Payload) : end : end]
+	} else {
+		p.event.Payload = piece(e.Payload)
+	}
+	p.position, p.size = e.Position, size
+}
+
+// empty gives the memory of a parcel back that is sent no more.
+func (p *parcel) empty() { p.event, p.body = event.Event{}, nil }
 
 // maxScratch keeps a giant event from holding its memory for ever.
 const maxScratch = 1 << 20
@@ -61,7 +94,7 @@ func (s *Sink) message(parcels []*parcel) (message, error) {
 	m := message{id: messageID(parcels)}
 	switch s.format {
 	case Binary:
-		header, err := s.binaryHeader(parcels[0].event)
+		header, err := s.binaryHeader(&parcels[0].event)
 		if err != nil {
 			return message{}, err
 		}
@@ -72,7 +105,7 @@ func (s *Sink) message(parcels []*parcel) (message, error) {
 		m.header = http.Header{"Content-Type": {cloudevent.MediaTypeBatch}}
 		size := len("[]")
 		for _, p := range parcels {
-			size += p.size
+			size += p.wire
 		}
 		m.body = append(make([]byte, 0, size), '[')
 		for i, p := range parcels {
@@ -115,14 +148,14 @@ func (s *Sink) binaryHeader(e *event.Event) (http.Header, error) {
 // webhook-id carry the same events. The first and the last id alone would not do, as those between them may be others after a restart.
 func messageID(parcels []*parcel) string {
 	if len(parcels) == 1 {
-		return strings.ReplaceAll(string(cloudevent.AppendEncoded(nil, parcels[0].id)), ".", "%2E")
+		return strings.ReplaceAll(string(cloudevent.AppendEncoded(nil, parcels[0].event.ID)), ".", "%2E")
 	}
 	h := sha256.New()
 	var length [8]byte
 	for _, p := range parcels {
-		binary.BigEndian.PutUint64(length[:], uint64(len(p.id)))
+		binary.BigEndian.PutUint64(length[:], uint64(len(p.event.ID)))
 		h.Write(length[:])
-		h.Write(p.id)
+		h.Write(p.event.ID)
 	}
 	return "batch_" + hex.EncodeToString(h.Sum(nil)[:16])
 }

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"ebb/sink"
 )
 
 const (
@@ -108,9 +110,24 @@ func (r *report) attrs(j *job, f *failure) []any {
 	return attrs
 }
 
+// parked reports that events are kept for an operator, or, if they are to be retried, for later.
+func (r *report) parked(letters []sink.Letter) {
+	first := &letters[0]
+	attrs := []any{"event", string(first.Event.ID), "events", len(letters), "position", first.Event.Position, "reason", first.Reason, "detail", first.Detail,
+		"attempts", first.Attempts}
+	switch {
+	case first.Retry:
+		if r.due("set aside") {
+			r.log.Warn("a key is set aside, as it holds up all the others; its events are tried again from the dead letters", attrs...)
+		}
+	case r.due("parked: " + first.Reason):
+		r.log.Warn("event parked; see ebb dead", attrs...)
+	}
+}
+
 // named names the first of the events of a job, and how many they are where there may be several.
 func named(j *job) []any {
-	attrs := []any{"event", string(j.parcels[0].id)}
+	attrs := []any{"event", string(j.parcels[0].event.ID)}
 	if len(j.parcels) > 1 {
 		attrs = append(attrs, "events", len(j.parcels))
 	}
@@ -135,9 +152,26 @@ func (r *report) down(down bool) {
 
 // excerpt returns the beginning of a response, at most maxExcerpt bytes.
 func (r *report) excerpt(body []byte) string {
-	s := strings.ToValidUTF8(r.hide.Replace(string(body)), "\uFFFD")
+	s := r.text(string(body))
 	if len(s) > maxExcerpt {
 		s = strings.ToValidUTF8(s[:maxExcerpt], "")
 	}
 	return s
+}
+
+// text returns s without secrets, as something that a database takes for text.
+func (r *report) text(s string) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(r.hide.Replace(s), "\uFFFD"), "\x00", "\uFFFD")
+}
+
+// why returns what a dead letter says of a failure.
+func (r *report) why(f *failure) (reason, detail string) {
+	if f.status == 0 {
+		return r.text(f.reason), ""
+	}
+	reason, detail, _ = strings.Cut(f.reason, ": ")
+	if len(f.body) > 0 {
+		detail = r.excerpt(f.body)
+	}
+	return reason, detail
 }

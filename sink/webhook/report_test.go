@@ -20,7 +20,7 @@ func TestReport(t *testing.T) {
 	now := time.Unix(0, 0)
 	r.now = func() time.Time { return now }
 	newJob := func() *job {
-		return &job{parcels: []*parcel{{id: []byte("7"), position: event.Position{Epoch: 1, Commit: 2, Index: 3}}}}
+		return &job{parcels: []*parcel{{event: event.Event{ID: []byte("7")}, position: event.Position{Epoch: 1, Commit: 2, Index: 3}}}}
 	}
 	j := newJob()
 	fail := func(status int, attempts int) {

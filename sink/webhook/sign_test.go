@@ -118,7 +118,7 @@ func TestSignatures(t *testing.T) {
 func TestMessageID(t *testing.T) {
 	parcels := func(ids ...string) (all []*parcel) {
 		for _, id := range ids {
-			all = append(all, &parcel{id: []byte(id)})
+			all = append(all, &parcel{event: event.Event{ID: []byte(id)}})
 		}
 		return all
 	}

@@ -249,11 +249,10 @@ func (s *Sink) Resume(_ context.Context, known sink.Known) (sink.Tail, error) {
 	return sink.Tail{Position: s.position}, nil
 }
 
-// Run delivers the events of the batches from in, those of different keys at the same time. A receiver that is away, or says anything
-// but 2xx, is asked again and again.
+// Run delivers the events of the batches from in, those of different keys at the same time. A receiver that is away, or fails, is asked again and
+// again. What it rejects is parked; where nothing is, it is asked again as well. So is a key that alone holds up the others for long.
 func (s *Sink) Run(ctx context.Context, in <-chan *event.Batch, out sink.Outcome) error {
-	r := &running{sink: s, lanes: newLanes(s.limits), delivered: out.Delivered, outcomes: make(chan outcome, s.limits.requests)}
-	return r.run(ctx, in)
+	return newRunning(s, out).run(ctx, in)
 }
 
 func authorize(h http.Header, user *url.Userinfo) {
