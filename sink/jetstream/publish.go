@@ -218,11 +218,7 @@ func (p *publisher) send() error {
 	if p.rejected != nil || p.refused || p.sent >= ready {
 		return nil
 	}
-	at := p.at.Position
-	if at.IsZero() {
-		at = event.Position{Epoch: 1} // in front of everything, so that nothing is taken for delivered because of it
-	}
-	n, err := p.attempt.send(p.pending[p.sent:ready], at)
+	n, err := p.attempt.send(p.pending[p.sent:ready], p.behind(p.pending[p.sent]))
 	p.sent += n
 	if rejected := (*rejection)(nil); errors.As(err, &rejected) {
 		p.rejected = rejected // once those in front of it are delivered
@@ -245,6 +241,14 @@ func (p *publisher) ready() int {
 		return min(n, at)
 	}
 	return min(n, 1)
+}
+
+// behind returns the position of an event if it is retried: that of the message before it, but never in an epoch before its own.
+func (p *publisher) behind(e *event.Event) event.Position {
+	if p.position.Epoch < e.Position.Epoch {
+		return event.Position{Epoch: e.Position.Epoch}
+	}
+	return p.position
 }
 
 // errSetAside says that an attempt has ended because an event that it had sent was set aside.
@@ -331,7 +335,7 @@ func (p *publisher) doneRetry(failure *sink.Failure) {
 	r := p.retries[0]
 	p.retries = p.retries[1:]
 	if r.stored > 0 {
-		p.at.Sequence = r.seq
+		p.at = sink.Progress{Position: p.position, Sequence: r.seq}
 	}
 	r.Done(r.stored, r.seq, failure)
 }
@@ -378,11 +382,13 @@ func (p *publisher) stored(n int, seq uint64, retried bool) {
 	p.end = max(p.end, seq)
 	p.Sink.end = p.end
 	if !retried {
+		p.position = last.Position
 		p.at = sink.Progress{Position: last.Position, Sequence: seq}
 		p.drop(n)
 		p.report(n)
 		return
 	}
+	p.position = p.behind(last)
 	r := p.retries[0]
 	r.place, r.left, r.stored, r.seq = r.place+uint64(n), r.left-n, r.stored+n, seq
 	if r.left == 0 {

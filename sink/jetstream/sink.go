@@ -92,9 +92,10 @@ type Sink struct {
 	// last is the last event that the stream is known to hold, and end the last message, from whomever, when it was asked.
 	last message
 	end  uint64
-	// at is the position of the last event that the stream was given and that was not retried, and a sequence number at or behind it. Every event before
-	// it was delivered, and every retry up to that number has been said to be.
-	at sink.Progress
+	// position is that of the last message that a bridge has published, and at the last place of which it is known that every event before it was
+	// delivered, and that it was said of every retry.
+	position event.Position
+	at       sink.Progress
 	// maxMsgSize is that of the stream, or not positive.
 	maxMsgSize int
 	// warned says that the log has what is doubtful about the stream's settings.
@@ -177,6 +178,7 @@ func (s *Sink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) 
 	if tail.Sequence < known.Sequence || tail.Position.Compare(known.Position) < 0 { // the stream has removed what is known
 		s.at = sink.Progress{Position: known.Position, Sequence: known.Sequence}
 	}
+	s.position = s.at.Position
 	return tail, nil
 }
 
