@@ -71,6 +71,11 @@ type facts struct {
 	snapshot bool
 	// lost are events that the destination holds and this database does not. They are looked for when the database's history has changed.
 	lost []lostEvent
+	// forgotten is how many events are recorded as delivered from the dead letters that the destination does not reach any more.
+	forgotten int64
+	// retried is how many events the destination may hold, or have held, behind the tick that came from the dead letters, and retriedLast how many of
+	// those stood behind the end that is still there. They are looked for when messages are missing.
+	retried, retriedLast uint64
 }
 
 type lostEvent struct {
@@ -108,6 +113,7 @@ const (
 	actStream   action = iota // go on behind skip
 	actRaise                  // begin a new epoch
 	actRewind                 // take back ticks that are no longer true
+	actRetry                  // have what was retried, and is forgotten, retried again
 	actDistrust               // have the slot made anew, and take back ticks that may be false because of its publication
 	actMake                   // make the slot anew
 	actReset                  // have the slot dropped and copied from the trailing one
@@ -148,7 +154,7 @@ func halt(err error) step { return step{action: actHalt, err: err} }
 // decide says what a bridge that has taken the lead does next. It is asked again after every step until it says to stream.
 func decide(f *facts) step {
 	for _, rule := range []func(*facts) (step, bool){
-		whoseStream, whichHistory, whatIsVoid, isResetNeedless, whatIsForgotten, whatIsForeign, whatIsReset, whichSlot, whatIsLost,
+		whoseStream, whichHistory, whatIsVoid, whatIsRetried, isResetNeedless, whatIsForgotten, whatIsForeign, whatIsReset, whichSlot, whatIsLost,
 	} {
 		if s, ok := rule(f); ok {
 			return s
@@ -329,6 +335,16 @@ func (f *facts) forgot() bool {
 	return !f.record.Done && f.record.Destination == f.destination && f.tail.Last < f.record.RecoveredSeq
 }
 
+// whatIsRetried has events delivered from the dead letters once more that the destination has forgotten. No tick tells of them, as they are not in the
+// places that they have in the slot.
+func whatIsRetried(f *facts) (step, bool) {
+	if !f.remembers || f.forgotten == 0 {
+		return step{}, false
+	}
+	return step{action: actRetry, why: fmt.Sprintf("it ends at sequence %d, and had acknowledged %d retried events behind that", f.tail.Holds,
+		f.forgotten)}, true
+}
+
 // endPosition is the position at which the destination ends, for finding the ticks that it reaches.
 func (f *facts) endPosition() event.Position {
 	if f.tail.Sequence == 0 && f.tail.Holds > 0 {
@@ -390,6 +406,9 @@ func whatIsForeign(f *facts) (step, bool) {
 	}
 	if f.tail.Position.Compare(f.tick.Position) >= 0 {
 		return step{}, false
+	}
+	if f.tail.Origin == event.Retried {
+		return step{}, false // behind events that the destination had removed, so that its sink did not know their positions
 	}
 	return halt(fmt.Errorf("%w: its message %d is event %q at %s, and position %s was delivered in message %d. Give ebb a stream of its own "+
 		"(nats.stream), and restrict who may publish to it", ErrForeign, f.tail.Sequence, f.tail.ID, f.tail.Position, f.tick.Position,
@@ -464,14 +483,20 @@ func (f *facts) beginsRecovery() bool {
 	return f.remembers && f.usable() && !f.record.Done && !f.record.Diverged && f.ticked
 }
 
-// counted reports whether sequence numbers tell how many events the slot must bring that the destination holds already.
+// counted reports whether sequence numbers tell how many events the slot must bring that the destination holds already. What is missing of them may have
+// been retried events.
 func (f *facts) counted() bool {
+	if f.remembers && f.tail.Missing > 0 && f.retried > f.tail.Retried {
+		return false
+	}
 	return f.remembers && f.tail.Exclusive && f.record.Done && f.ticked && f.tail.Sequence >= f.tick.StreamSeq &&
 		f.tick.Epoch == f.record.Epochs.Last()
 }
 
-// eventsSinceTick is how many events the destination holds behind the newest tick.
-func (f *facts) eventsSinceTick() uint64 { return f.tail.Sequence - f.tick.StreamSeq - f.tail.Foreign }
+// eventsSinceTick is how many events the destination holds behind the newest tick in the places that they have in the slot.
+func (f *facts) eventsSinceTick() uint64 {
+	return f.tail.Sequence - f.tick.StreamSeq - f.tail.Foreign - f.tail.Retried
+}
 
 // stream goes on with the slot, behind what the destination holds.
 func (f *facts) stream() step {
@@ -514,7 +539,8 @@ func (f *facts) stream() step {
 	// What was removed may be of before a replay and of it, and then its number does not tell which events it was.
 	mixed := f.replayed != nil && f.leftOff() == nil && f.tick.Epoch < f.replayed.Epoch
 	if f.ticked && !mixed {
-		s.skip.More = f.tail.Removed
+		// What may have been a retried event is not taken for one of the slot, which would be lost.
+		s.skip.More = f.tail.Removed - min(f.tail.Removed, f.retriedLast)
 	}
 	commit := s.skip.Through.Commit
 	s.skip.Comes = commit > 0 && commit >= f.slot.ConfirmedFlush && f.record.Epochs.At(commit) == s.skip.Through.Epoch

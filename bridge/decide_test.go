@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strconv"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -54,6 +55,12 @@ type world struct {
 	// confirmed is what the slot had confirmed when the last replay was begun.
 	confirmed event.LSN
 
+	// letters are the dead letters, in order of their numbers. The stream does not take what is in poison.
+	letters []*worldLetter
+	poison  map[int64]bool
+	// decided are those that an operator has decided about since the newest tick.
+	decided map[*worldLetter]bool
+
 	acceptGap bool
 	// unsure says that it cannot be known exactly which events the stream has removed that no tick has recorded. They may come again.
 	unsure  bool
@@ -78,6 +85,31 @@ type worldMessage struct {
 	position event.Position
 	origin   event.Origin
 	deleted  bool
+	// own is the epoch of a retried event.
+	own uint32
+}
+
+// worldLetter is an event in the dead letters.
+type worldLetter struct {
+	id    int64
+	place event.Position // in no epoch
+	epoch uint32
+	state string
+	seq   uint64
+}
+
+func (l *worldLetter) waits() bool { return l.state == "parked" || l.state == "retrying" }
+
+// keyOf is the key of an event, or 0 if it has none.
+func keyOf(id int64) int64 { return id % 4 }
+
+// entry is an event that was handed to the sink.
+type entry struct {
+	worldMessage
+	seq uint64 // where it is stored
+	// letter, unless nil, is what is to be kept of it instead; kept says that it is.
+	letter *worldLetter
+	kept   bool
 }
 
 // session is a bridge that streams.
@@ -90,11 +122,24 @@ type session struct {
 	counted uint64
 	more    uint64
 	passed  bool
-	// handed are with the sink, the first stored of them in the stream, of which the bridge has not heard.
-	handed []worldMessage
+	// handed are with the sink, the first stored of them in the stream or kept, of which the bridge has not heard.
+	handed []*entry
 	stored int
 	seq    uint64
 	tick   *worldTick
+	// letters are those that wait for their commit, and at what the sink says of the last event that is not retried.
+	letters []*entry
+	at      sink.Progress
+	// ticked says that a tick was stored since this bridge leads. Behind is the position of the last message. Retry is under way, stored at its number, and retried are acknowledged and not yet marked.
+	ticked  bool
+	behind  event.Position
+	retry   *worldRetry
+	retried []*worldRetry
+}
+
+type worldRetry struct {
+	worldLetter // as it was
+	seq         uint64
 }
 
 const publicationMark = "1/1"
@@ -110,7 +155,7 @@ func (w *world) at(tx, row int) event.Position {
 func (w *world) now() event.LSN { return event.LSN(100*len(w.transactions) + 100) }
 
 func newWorld(t *rapid.T) *world {
-	return &world{t: t, rowless: rapid.Bool().Draw(t, "rowless"), gone: map[int64]bool{}, removed: map[int64]bool{}, expired: map[int64]bool{}, forgotten: map[int64]bool{}, nextID: 1,
+	return &world{t: t, poison: map[int64]bool{}, decided: map[*worldLetter]bool{}, rowless: rapid.Bool().Draw(t, "rowless"), gone: map[int64]bool{}, removed: map[int64]bool{}, expired: map[int64]bool{}, forgotten: map[int64]bool{}, nextID: 1,
 		record: sql.SlotRecord{Name: "s", SystemIdentifier: "1", Timeline: 1, Epochs: event.Epochs{{Number: 1}}, Buffer: "b", Publication: publicationMark}}
 }
 
@@ -161,19 +206,25 @@ func (w *world) tail() sink.Tail {
 	behind := uint64(0)
 	take := func(i int) {
 		m := w.stream[i]
-		t.Position, t.Sequence, t.ID = m.position, uint64(i+1), ""
+		t.Position, t.Sequence, t.ID, t.Origin = m.position, uint64(i+1), "", m.origin
 		if m.origin == event.Streamed {
 			t.ID = fmt.Sprint(m.id)
 		}
 	}
+	missing := uint64(0)
 	for i := int(after); i < len(w.stream); i++ {
 		switch m := w.stream[i]; {
 		case m.deleted:
+			missing++
 		case m.id == 0:
 			behind++
 		default:
 			take(i)
 			t.Foreign, behind = t.Foreign+behind, 0
+			t.Missing = missing
+			if m.origin == event.Retried {
+				t.Retried++
+			}
 		}
 	}
 	if n := len(w.stream); t.Sequence == 0 && n > 0 && !w.stream[n-1].deleted && w.stream[n-1].id != 0 {
@@ -209,6 +260,22 @@ func (w *world) facts() *facts {
 		f.requested = &w.replays[n-1]
 	}
 	f.reach = w.removedTo <= w.seenBy(f.newest.ID)
+	retriable := func(seq uint64) (n uint64) {
+		for _, l := range w.letters {
+			if l.state == "retrying" || l.state == "delivered" && l.seq > seq || l.state != "delivered" && w.decided[l] {
+				n++
+			}
+		}
+		return n
+	}
+	for _, l := range w.letters {
+		if l.state == "delivered" && l.seq > f.tail.Holds {
+			f.forgotten++
+		}
+	}
+	if f.ticked && (f.tail.Missing > 0 || f.tail.Removed > 0) {
+		f.retried, f.retriedLast = retriable(f.tick.StreamSeq), retriable(max(f.tick.StreamSeq, f.tail.Sequence))
+	}
 	if f.forgot() {
 		for _, tick := range slices.Backward(w.ticks) {
 			if tick.StreamSeq <= f.tail.Last && tick.Position.Compare(f.endPosition()) <= 0 {
@@ -278,6 +345,18 @@ func (w *world) advance() bool {
 			w.record.RecoveredAfter = s.tick
 		}
 		w.record.RecoveredID, w.record.RecoveredSeq = 0, 0
+	case actRetry:
+		for _, l := range w.letters {
+			if l.state != "delivered" || l.seq <= f.tail.Holds {
+				continue
+			}
+			l.state, l.seq = "retrying", 0
+			for _, behind := range w.letters {
+				if keyOf(l.id) != 0 && keyOf(behind.id) == keyOf(l.id) && behind.state == "parked" {
+					behind.state = "retrying"
+				}
+			}
+		}
 	case actMake:
 		w.doubt = noDoubt
 		for _, ids := range w.transactions {
@@ -339,6 +418,7 @@ func (w *world) advance() bool {
 	case actRecover:
 		w.recover(f)
 	case actStream:
+		w.unsure = w.unsure || s.skip.More < f.tail.Removed && f.tail.Exclusive
 		w.session = w.begin(s)
 	default:
 		w.t.Fatalf("what is %d for?", s.action)
@@ -358,13 +438,14 @@ func (w *world) recover(f *facts) {
 			floor = int(w.ticks[i-1].StreamSeq) // which was stored before the newest one began
 		}
 	}
+	w.findRetried(floor)
 	for _, m := range w.stream[min(floor, len(w.stream)):] {
 		held[m.id] = held[m.id] || !m.deleted
 	}
 	var rows []int64
 	for tx := w.seenBy(w.record.RecoveredAfter); tx < w.snapshot; tx++ {
 		for _, id := range w.transactions[tx] {
-			if id > w.record.RecoveredID && !w.removed[id] && !w.hasNoRow(id) {
+			if id > w.record.RecoveredID && !w.removed[id] && !w.hasNoRow(id) && !w.hasLetter(id) {
 				rows = append(rows, id)
 			}
 		}
@@ -382,11 +463,28 @@ func (w *world) recover(f *facts) {
 		if w.killed("in the middle of a page", 10) {
 			return
 		}
-		if !held[id] {
+		switch {
+		case held[id]:
+		case w.holds(id):
+			w.keep(&worldLetter{id: id, place: event.Position{Commit: position.Commit, Index: position.Index}, epoch: position.Epoch, state: "retrying"})
+		case w.rejects(id):
+			w.keep(&worldLetter{id: id, place: event.Position{Commit: position.Commit, Index: position.Index}, epoch: position.Epoch, state: "parked"})
+		default:
 			w.stream = append(w.stream, worldMessage{id: id, position: position, origin: event.Recovered})
 		}
 	}
 	w.record.RecoveredID, w.record.RecoveredSeq = rows[len(rows)-1], uint64(len(w.stream))
+}
+
+// findRetried records what the stream holds of the dead letters behind a sequence number.
+func (w *world) findRetried(after int) {
+	for i, m := range w.stream {
+		for _, l := range w.letters {
+			if i >= after && m.origin == event.Retried && !m.deleted && l.id == m.id && l.waits() && l.epoch <= m.position.Epoch {
+				l.state, l.seq = "delivered", uint64(i+1)
+			}
+		}
+	}
 }
 
 // follow makes the trailing slot, as setup does at any time.
@@ -409,6 +507,27 @@ func (w *world) begin(s step) *session {
 		w.t.Fatalf("streams from a slot that is not there: %+v", w.slot)
 	}
 	b := &session{tracker: newTracker(w.slot.ConfirmedFlush, s.last, true), skip: s.skip, from: s.last, seq: uint64(len(w.stream))}
+	tail, tick := w.tail(), worldTick{}
+	b.at = sink.Progress{Position: tail.Position, Sequence: tail.Sequence}
+	if newest, ok := w.newest(); ok {
+		if tick = newest; tail.Sequence < tick.StreamSeq || tail.Position.Compare(tick.Position) < 0 {
+			b.at = sink.Progress{Position: tick.Position, Sequence: tick.StreamSeq}
+		}
+	}
+	b.behind = b.at.Position
+	w.findRetried(int(tick.StreamSeq))
+	left := map[worldLetter]bool{}
+	for _, l := range w.letters {
+		left[worldLetter{id: l.id, place: l.place, epoch: l.epoch}] = true
+		if l.state == "discarded" {
+			left[worldLetter{id: l.id, place: l.place}] = true
+		}
+	}
+	b.skip.Aside = func(id []byte, at event.Position) bool {
+		n, _ := strconv.ParseInt(string(id), 10, 64)
+		place := event.Position{Commit: at.Commit, Index: at.Index}
+		return left[worldLetter{id: n, place: place}] || left[worldLetter{id: n, place: place, epoch: at.Epoch}]
+	}
 	for b.tx < len(w.transactions) && commitAt(b.tx) < w.slot.ConfirmedFlush {
 		b.tx++
 	}
@@ -423,7 +542,8 @@ func (b *session) read(w *world, n int) {
 		rows := w.transactions[b.tx]
 		m := worldMessage{id: rows[b.row], position: w.at(b.tx, b.row)}
 		through := m.position.Compare(b.skip.Through)
-		if m.position.Compare(b.skip.Since) > 0 && through <= 0 {
+		aside := b.skip.Aside(fmt.Append(nil, m.id), m.position)
+		if m.position.Compare(b.skip.Since) > 0 && through <= 0 && !aside {
 			b.counted++
 		}
 		if through == 0 && b.skip.ID != "" && b.skip.ID != fmt.Sprint(m.id) {
@@ -442,7 +562,7 @@ func (b *session) read(w *world, n int) {
 		switch {
 		case through <= 0:
 			skipped++
-		case b.more < b.skip.More:
+		case !aside && b.more < b.skip.More:
 			b.more++
 			skipped++
 			b.from = sink.Progress{Position: m.position, Sequence: b.from.Sequence + 1}
@@ -452,7 +572,11 @@ func (b *session) read(w *world, n int) {
 				skipped = 0
 			}
 			batch.Events = append(batch.Events, event.Event{Position: m.position})
-			b.handed = append(b.handed, m)
+			e := &entry{worldMessage: m}
+			b.handed = append(b.handed, e)
+			if w.passed(m) || w.holds(m.id) {
+				b.setAside(e, "retrying")
+			}
 		}
 		if b.row++; b.row == len(rows) {
 			batch.MarkEnd(endAt(b.tx))
@@ -465,26 +589,172 @@ func (b *session) read(w *world, n int) {
 	b.tracker.hand(batch, skipped, b.from)
 }
 
-// publish stores the next n events; the stream refuses all of them when it has changed.
+// publish stores the next n events; the stream refuses all of them when it has changed. None is stored behind one that is to be kept and is not yet.
 func (b *session) publish(w *world, n int) {
 	if uint64(len(w.stream)) != b.seq {
 		w.session = nil
 		return
 	}
-	for ; n > 0 && b.stored < len(b.handed); n-- {
-		w.stream = append(w.stream, b.handed[b.stored])
+	for ; n > 0 && b.stored < len(b.handed) && b.retry == nil; n-- {
+		e := b.handed[b.stored]
+		switch {
+		case e.letter != nil && !e.kept:
+			return
+		case e.letter != nil:
+		case w.rejects(e.id):
+			if b.stored > 0 {
+				return // what is in front of it is to be acknowledged first
+			}
+			b.setAside(e, "parked")
+			for _, behind := range b.handed[1:] {
+				if keyOf(e.id) != 0 && keyOf(behind.id) == keyOf(e.id) && behind.letter == nil {
+					b.setAside(behind, "parked")
+				}
+			}
+			return
+		default:
+			b.seq++
+			e.seq = b.seq
+			w.stream = append(w.stream, e.worldMessage)
+		}
 		b.stored++
-		b.seq++
 	}
 }
 
-// ack has the bridge hear of the next n stored events.
+// setAside has an event be kept.
+func (b *session) setAside(e *entry, state string) {
+	e.letter = &worldLetter{id: e.id, place: event.Position{Commit: e.position.Commit, Index: e.position.Index}, epoch: e.position.Epoch, state: state}
+	b.letters = append(b.letters, e)
+}
+
+// keep commits the next n letters.
+func (b *session) keep(w *world, n int) {
+	n = min(n, len(b.letters))
+	for _, e := range b.letters[:n] {
+		w.keep(e.letter)
+		e.kept = true
+	}
+	b.letters = b.letters[n:]
+}
+
+// ack has the bridge hear of the next n stored events, and of those that are kept.
 func (b *session) ack(n int) {
+	if b.retry != nil {
+		b.at = sink.Progress{Position: b.behind, Sequence: b.retry.seq}
+		b.retried, b.retry = append(b.retried, b.retry), nil
+		return
+	}
 	if n = min(n, b.stored); n == 0 {
 		return
 	}
-	b.tracker.deliver(sink.Progress{Events: n, Position: b.handed[n-1].position, Sequence: b.seq - uint64(b.stored-n)})
+	for _, e := range b.handed[:n] {
+		if e.letter == nil {
+			b.at = sink.Progress{Position: e.position, Sequence: e.seq}
+			b.behind = e.position
+		}
+	}
+	b.tracker.deliver(sink.Progress{Events: n, Position: b.at.Position, Sequence: b.at.Sequence})
 	b.handed, b.stored = b.handed[n:], b.stored-n
+}
+
+// sendRetry publishes the first event of a queue that is to be retried, alone.
+func (b *session) sendRetry(w *world) bool {
+	if !b.ticked || len(b.handed) > 0 || b.retry != nil {
+		return false
+	}
+	keys := map[int64]bool{}
+	for _, l := range w.letters {
+		key := keyOf(l.id)
+		if !l.waits() || keys[key] {
+			continue
+		}
+		keys[key] = key != 0
+		if l.state != "retrying" || slices.ContainsFunc(b.retried, func(r *worldRetry) bool { return r.worldLetter == *l }) {
+			continue
+		}
+		if w.rejects(l.id) {
+			for _, behind := range w.letters {
+				if behind.state == "retrying" && (behind == l || key != 0 && keyOf(behind.id) == key) {
+					behind.state = "parked"
+				}
+			}
+			return true
+		}
+		if uint64(len(w.stream)) != b.seq {
+			w.session = nil
+			return true
+		}
+		if b.behind.Epoch < l.epoch {
+			b.behind = event.Position{Epoch: l.epoch}
+		}
+		b.seq++
+		w.stream = append(w.stream, worldMessage{id: l.id, position: b.behind, origin: event.Retried, own: l.epoch})
+		b.retry = &worldRetry{*l, b.seq}
+		return true
+	}
+	return false
+}
+
+// mark records what was retried.
+func (b *session) mark(w *world) {
+	for _, done := range b.retried {
+		for _, l := range w.letters {
+			if l.id == done.id && l.place == done.place && l.epoch == done.epoch && l.waits() {
+				l.state, l.seq = "delivered", done.seq
+			}
+		}
+	}
+	b.retried = nil
+}
+
+// rejects reports whether the stream does not take an event.
+func (w *world) rejects(id int64) bool {
+	bad, known := w.poison[id]
+	if !known {
+		bad = !w.calm && rapid.IntRange(1, 6).Draw(w.t, "poison") == 1
+		w.poison[id] = bad
+	}
+	return bad
+}
+
+// keep stores a letter, as the statement does.
+func (w *world) keep(l *worldLetter) {
+	for i, there := range w.letters {
+		if there.id != l.id || there.place != l.place {
+			continue
+		}
+		if there.epoch >= l.epoch || there.state == "discarded" {
+			return
+		}
+		w.letters = slices.Delete(w.letters, i, i+1)
+		break
+	}
+	for _, there := range w.letters {
+		if keyOf(l.id) != 0 && keyOf(there.id) == keyOf(l.id) && there.waits() {
+			l.state = there.state
+			break
+		}
+	}
+	w.letters = append(w.letters, l)
+}
+
+func (w *world) hasLetter(id int64) bool {
+	return slices.ContainsFunc(w.letters, func(l *worldLetter) bool { return l.id == id })
+}
+
+// holds reports whether events of the key of an event are kept.
+func (w *world) holds(id int64) bool {
+	same := func(other int64) bool { return keyOf(id) != 0 && keyOf(other) == keyOf(id) }
+	return slices.ContainsFunc(w.letters, func(l *worldLetter) bool { return l.waits() && same(l.id) }) ||
+		w.session != nil && slices.ContainsFunc(w.session.letters, func(e *entry) bool { return same(e.id) })
+}
+
+// passed reports whether an event that comes by is kept, or was.
+func (w *world) passed(m worldMessage) bool {
+	return slices.ContainsFunc(w.letters, func(l *worldLetter) bool {
+		return l.id == m.id && l.place.Commit == m.position.Commit && l.place.Index == m.position.Index &&
+			(l.epoch == m.position.Epoch || l.state == "discarded" || l.waits() && keyOf(l.id) == 0)
+	})
 }
 
 func (b *session) beginTick(w *world) {
@@ -497,6 +767,9 @@ func (b *session) storeTick(w *world) {
 	if b.tick == nil || now.write < b.tick.LSN {
 		return
 	}
+	b.mark(w)
+	b.ticked = true
+	clear(w.decided)
 	b.tick.Position, b.tick.StreamSeq = now.last.Position, now.last.Sequence
 	w.store(*b.tick)
 	if n := len(w.replays); n > 0 && w.replays[n-1].State == sql.ReplayRunning {
@@ -515,21 +788,25 @@ func (b *session) confirm(w *world) {
 // idle goes on until there is nothing left to do, and reports whether that is so.
 func (b *session) idle(w *world) bool {
 	b.read(w, math.MaxInt)
+	for first := true; w.session == b && (first || len(b.handed) > 0 || b.retry != nil); first = false {
+		b.keep(w, math.MaxInt)
+		b.publish(w, math.MaxInt)
+		b.ack(math.MaxInt)
+	}
 	if w.session != b {
 		return false
 	}
-	b.publish(w, math.MaxInt)
-	if w.session != b {
+	b.mark(w)
+	if b.sendRetry(w) {
 		return false
 	}
-	b.ack(math.MaxInt)
 	b.beginTick(w)
 	b.storeTick(w)
 	b.confirm(w)
 	if b.tick != nil {
 		w.t.Fatal("a tick does not come true although everything is delivered")
 	}
-	return true
+	return !b.sendRetry(w)
 }
 
 func (w *world) check() {
@@ -549,13 +826,17 @@ func (w *world) check() {
 		if m.deleted || m.id == 0 {
 			continue
 		}
-		if seen[m.id] && m.position.Epoch == epochs[m.id] {
+		epoch := m.position.Epoch
+		if m.origin == event.Retried {
+			epoch = m.own
+		}
+		if seen[m.id] && epoch == epochs[m.id] {
 			w.t.Fatalf("event %d is in the stream again at %d: %v", m.id, i+1, w.stream)
 		}
-		if seen[m.id] && !w.isReplayed(m.id, m.position.Epoch) {
+		if seen[m.id] && !w.isReplayed(m.id, epoch) {
 			w.t.Fatalf("event %d is in the stream again at %d, which no replay is of: %v", m.id, i+1, w.stream)
 		}
-		seen[m.id], epochs[m.id] = true, m.position.Epoch
+		seen[m.id], epochs[m.id] = true, epoch
 		if c := m.position.Compare(last); c < 0 || c == 0 && m.origin == event.Streamed {
 			w.t.Fatalf("message %d is at %s after %s", i+1, m.position, last)
 		}
@@ -588,7 +869,7 @@ func (w *world) checkReplays() {
 		}
 		for tx := range w.began[begun-1] {
 			for _, id := range w.transactions[tx] {
-				if commitAt(tx) < r.From || w.forgotten[id] {
+				if commitAt(tx) < r.From || w.forgotten[id] || w.isKept(id) {
 					continue
 				}
 				if !slices.ContainsFunc(w.stream, func(m worldMessage) bool { return m.id == id && m.position.Epoch >= r.Epoch }) {
@@ -596,6 +877,33 @@ func (w *world) checkReplays() {
 				}
 			}
 		}
+	}
+}
+
+// isKept reports whether an event is among the dead letters and not delivered.
+func (w *world) isKept(id int64) bool {
+	return slices.ContainsFunc(w.letters, func(l *worldLetter) bool { return l.id == id && l.state != "delivered" })
+}
+
+// checkKeys checks that what has the same key is in the order in which it was committed, where nothing was delivered in another order for another reason.
+func (w *world) checkKeys() {
+	if len(w.replays) > 0 || len(w.forgotten) > 0 || slices.ContainsFunc(w.stream, func(m worldMessage) bool { return m.origin == event.Recovered }) ||
+		slices.ContainsFunc(w.letters, func(l *worldLetter) bool { return l.place.Commit == 0 }) {
+		return
+	}
+	committed := map[int64]int{}
+	for _, ids := range w.transactions {
+		for _, id := range ids {
+			committed[id] = len(committed)
+		}
+	}
+	last := map[int64]int64{}
+	for i, m := range w.stream {
+		key := keyOf(m.id)
+		if before, ok := last[key]; ok && key != 0 && committed[m.id] < committed[before] {
+			w.t.Fatalf("event %d is at %d behind %d of the same key: %v", m.id, i+1, before, w.stream)
+		}
+		last[key] = m.id
 	}
 }
 
@@ -630,6 +938,29 @@ func TestDecisions(t *testing.T) {
 			"begin tick": streaming(func(b *session) { b.beginTick(w) }),
 			"store tick": streaming(func(b *session) { b.storeTick(w) }),
 			"confirm":    streaming(func(b *session) { b.confirm(w) }),
+			"keep":       streaming(func(b *session) { b.keep(w, some("letters")) }),
+			"retry":      streaming(func(b *session) { b.sendRetry(w) }),
+			"mark":       streaming(func(b *session) { b.mark(w) }),
+			"retry what is parked": func(t *rapid.T) {
+				for _, l := range w.letters {
+					if l.state == "parked" {
+						l.state, w.poison[l.id], w.decided[l] = "retrying", w.poison[l.id] && rapid.Bool().Draw(t, "still poison"), true
+					}
+				}
+			},
+			"discard": func(t *rapid.T) {
+				i := slices.IndexFunc(w.letters, func(l *worldLetter) bool { return l.state == "parked" })
+				if i < 0 {
+					return
+				}
+				l := w.letters[i]
+				l.state, w.decided[l] = "discarded", true
+				for _, behind := range w.letters {
+					if keyOf(l.id) != 0 && keyOf(behind.id) == keyOf(l.id) && behind.state == "parked" {
+						behind.state, w.decided[behind] = "retrying", true
+					}
+				}
+			},
 			"checkpoint": func(*rapid.T) { w.onDisk, w.trailOnDisk = w.slot.ConfirmedFlush, w.trail.ConfirmedFlush },
 			"kill the bridge": func(*rapid.T) {
 				w.session = nil
@@ -723,13 +1054,14 @@ func TestDecisions(t *testing.T) {
 		}
 		w.check()
 		w.checkReplays()
+		w.checkKeys()
 		inStream := map[int64]bool{}
 		for _, m := range w.stream {
 			inStream[m.id] = inStream[m.id] || !m.deleted
 		}
 		for _, ids := range w.transactions {
 			for _, id := range ids {
-				if !inStream[id] && !w.expired[id] && !w.gone[id] && !(w.forgotten[id] && (w.removed[id] && w.acceptGap || w.renewed)) {
+				if !inStream[id] && !w.isKept(id) && !w.expired[id] && !w.gone[id] && !(w.forgotten[id] && (w.removed[id] && w.acceptGap || w.renewed)) {
 					t.Fatalf("event %d is missing in the stream", id)
 				}
 			}

@@ -246,6 +246,9 @@ func (l *leader) recoverOwn(ctx context.Context, r *recovery) error {
 	if err != nil {
 		return err
 	}
+	if err := sql.PositionedPayloads(ctx, l.db, l.Slot, func(payload []byte) { r.held.payloads[digestOf(payload)]++ }); err != nil {
+		return err
+	}
 	now := time.Now().UTC().Truncate(time.Microsecond)
 	for i := range l.own.tables {
 		o := &l.own.tables[i]
@@ -291,11 +294,15 @@ func (o *ownReader) page(ctx context.Context, r *recovery, columns []replication
 	batch := event.NewBatch()
 	at := r.at()
 	keys := make([]trackedRow, 0, len(rows))
+	kept, err := o.keptOf(ctx, rows)
+	if err != nil {
+		return err
+	}
 	for _, row := range rows {
 		if err := o.append(batch, row, at); err != nil {
 			return err
 		}
-		if e := &batch.Events[len(batch.Events)-1]; r.held.holdsEvent(e, o.table) {
+		if e := &batch.Events[len(batch.Events)-1]; kept[string(e.ID)] || r.held.holdsEvent(e, o.table) {
 			batch.Events = batch.Events[:len(batch.Events)-1]
 		}
 		var key []byte
@@ -318,6 +325,23 @@ func (o *ownReader) page(ctx context.Context, r *recovery, columns []replication
 	}
 	o.l.record.Recovered += int64(n)
 	return sql.OwnRecovered(ctx, o.l.db, o.l.record, n, r.seq)
+}
+
+// keptOf returns the ids of those rows that are among the dead letters.
+func (o *ownReader) keptOf(ctx context.Context, rows [][][]byte) (map[string]bool, error) {
+	ids := make([]string, len(rows))
+	for i, row := range rows {
+		ids[i] = string(o.id(row))
+	}
+	return sql.KeptOf(ctx, o.l.db, o.l.Slot, ids)
+}
+
+// id is that of the event of a row.
+func (o *ownReader) id(values [][]byte) []byte {
+	if column := o.l.own.buffers[o.number].ID; column != "" {
+		return values[o.columns[column]]
+	}
+	return rowID(o.table, values)
 }
 
 // resolve finds the columns of the mapping. The primary key comes first.
@@ -357,10 +381,7 @@ func (o *ownReader) append(batch *event.Batch, values [][]byte, at event.Positio
 		}
 		return values[o.columns[name]]
 	}
-	row := decode.Row{ID: get(b.ID), Topic: get(b.Topic), Key: get(b.Key), Headers: get(b.Headers), Time: o.time, Position: at}
-	if b.ID == "" {
-		row.ID = rowID(o.table, values)
-	}
+	row := decode.Row{ID: o.id(values), Topic: get(b.Topic), Key: get(b.Key), Headers: get(b.Headers), Time: o.time, Position: at}
 	if b.Payload == "" {
 		row.Values, row.Encoder = values[len(o.table.Key):], o.encoder
 	} else {

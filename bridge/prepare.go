@@ -41,6 +41,9 @@ func (l *leader) prepare(ctx context.Context) (step, error) {
 			if f.remembers && !f.tail.Exclusive {
 				s.skip.Held, err = l.heldBehind(ctx, f.tick.StreamSeq)
 			}
+			if err == nil && (s.skip.Counted || s.skip.More > 0) {
+				s.skip.Aside, err = l.asideBehind(ctx, f.tick.Position.Commit)
+			}
 			return s, err
 		}
 		if err := l.act(ctx, f, s); err != nil {
@@ -64,6 +67,9 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 		l.Logger.Warn("the stream has forgotten what it acknowledged; delivering it again", "because", s.why, "from_slot", s.slotHolds,
 			"from_trailing_slot", s.reset)
 		return sql.Rewind(ctx, l.db, l.record, s.tick, s.slotHolds, s.reset, s.because)
+	case actRetry:
+		l.Logger.Warn("the stream has forgotten events that were retried; they are retried again", "because", s.why)
+		return sql.RetryForgotten(ctx, l.db, l.record, l.Destination, f.tail.Holds)
 	case actReset:
 		l.Logger.Warn("the slot is to be made anew from the trailing one", "slot", l.Slot, "because", s.why)
 		return sql.BeginReset(ctx, l.db, l.record, s.why)
@@ -235,6 +241,9 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 	if !f.remembers {
 		return nil
 	}
+	if err := l.lookAtRetried(ctx, f); err != nil {
+		return err
+	}
 	if f.forgot() {
 		if f.held, f.holds, err = sql.TickAt(ctx, l.db, f.record, l.Destination, f.tail.Holds, f.endPosition()); err != nil {
 			return err
@@ -259,6 +268,47 @@ func (l *leader) lookAtDestination(ctx context.Context, f *facts) error {
 	}
 	f.lost, err = l.lostEvents(ctx, scanner, f, at)
 	return err
+}
+
+// lookAtRetried finds out what the destination was given from the dead letters, where that makes a difference.
+func (l *leader) lookAtRetried(ctx context.Context, f *facts) error {
+	var err error
+	if f.forgotten, err = sql.RetriedBehind(ctx, l.db, l.Slot, l.Destination, f.tail.Holds); err != nil {
+		return err
+	}
+	if !f.ticked || f.tail.Missing == 0 && f.tail.Removed == 0 {
+		return nil
+	}
+	if f.retried, err = sql.Retriable(ctx, l.db, l.Slot, l.Destination, f.tick.StreamSeq, f.tick.DeliveredAt); err != nil {
+		return err
+	}
+	f.retriedLast, err = sql.Retriable(ctx, l.db, l.Slot, l.Destination, max(f.tail.Sequence, f.tick.StreamSeq), f.tick.DeliveredAt)
+	return err
+}
+
+// asideBehind returns a function that tells the events of transactions behind an LSN which were set aside, or nil if there are none.
+func (l *leader) asideBehind(ctx context.Context, from event.LSN) (func(id []byte, at event.Position) bool, error) {
+	left, err := sql.ReadLeftOut(ctx, l.db, l.Slot, from)
+	if err != nil || len(left) == 0 {
+		return nil, err
+	}
+	// Rows that were recovered share a place.
+	places := make(map[event.Position][]sql.LeftOut, len(left))
+	for _, e := range left {
+		place := e.Position
+		place.Epoch = 0
+		places[place] = append(places[place], e)
+	}
+	return func(id []byte, at event.Position) bool {
+		place := at
+		place.Epoch = 0
+		for _, e := range places[place] {
+			if e.ID == string(id) && (e.Always || e.Position.Epoch == at.Epoch) {
+				return true
+			}
+		}
+		return false
+	}, nil
 }
 
 // hearWitness has a witness see what comes by if the slot begins behind what is recorded, as it does after a quiet time, and as another one
@@ -293,6 +343,9 @@ func (l *leader) heldBehind(ctx context.Context, seq uint64) (func(id []byte) bo
 		if m.Origin == event.Streamed && l.record.Epochs.Repeats(m.Position) {
 			return nil // and is to be there once more
 		}
+		if m.Origin == event.Retried {
+			return nil // the dead letters know it, and whether it is to be there once more
+		}
 		if id, ok := l.managedID(m.ID); ok {
 			numbers.add(id)
 		} else {
@@ -319,7 +372,7 @@ func (l *leader) recoveredSeq(f *facts) uint64 {
 
 // lostEvents returns the events behind the newest tick that the destination holds and this database does not have: of transactions that
 // committed at or behind an LSN or are of another history, and those without a row. Rows that no tick has recorded are never removed by
-// ebb; once somebody else has removed some, that a row is missing says nothing.
+// ebb; once somebody else has removed some, that a row is missing says nothing. Nor does it of a retried event, whose row was recorded long ago.
 func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts, at event.LSN) ([]lostEvent, error) {
 	var lost []lostEvent
 	others := map[int64]lostEvent{}
@@ -331,7 +384,7 @@ func (l *leader) lostEvents(ctx context.Context, scanner sink.Scanner, f *facts,
 			lost = append(lost, e)
 			return nil
 		}
-		if id, ok := l.managedID(m.ID); ok && f.reach {
+		if id, ok := l.managedID(m.ID); ok && f.reach && m.Origin != event.Retried {
 			others[id] = e
 			ids = append(ids, id)
 		}

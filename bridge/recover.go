@@ -323,9 +323,14 @@ func (l *leader) addHeld(ctx context.Context, h *holdings, after uint64) error {
 	if !ok {
 		return nil
 	}
-	return scanner.Scan(ctx, after, func(m sink.Stored) error {
+	// The tick with which the recovery ends stands behind what it finds, and of retried events nobody else looks in front of that.
+	var retried []sql.Retried
+	if err := scanner.Scan(ctx, after, func(m sink.Stored) error {
 		if m.Origin == event.Streamed && l.record.Epochs.RuleOut(m.Position) {
 			return nil // of a lost row, whose id another one may have
+		}
+		if m.Origin == event.Retried {
+			retried = append(retried, sql.Retried{ID: string(m.ID), Seq: m.Sequence, Epoch: m.Position.Epoch})
 		}
 		id, ok := l.managedID(m.ID)
 		switch {
@@ -335,7 +340,10 @@ func (l *leader) addHeld(ctx context.Context, h *holdings, after uint64) error {
 			h.add(id, m)
 		}
 		return nil
-	})
+	}); err != nil || len(retried) == 0 {
+		return err
+	}
+	return sql.MarkRetried(ctx, l.db, l.record, l.Destination, retried)
 }
 
 // recoveredBatch returns the events of those of the rows that the sink does not hold.

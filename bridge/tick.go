@@ -112,13 +112,13 @@ func (l *leader) checkPublication(ctx context.Context, p sql.Publication) error 
 }
 
 // checkWitness returns an error if rows that the tick is to record as delivered have not come by since the stream started, nor were they
-// recorded before: somebody has made another slot, or has moved this one. It is made anew then.
+// recorded or set aside before: somebody has made another slot, or has moved this one. It is made anew then.
 func (l *leader) checkWitness(ctx context.Context, tick sql.Tick) error {
 	if l.witness == nil {
 		return nil
 	}
 	missed := 0
-	if err := sql.RowsBetween(ctx, l.db, l.witness.since, tick.Snapshot, func(id int64) {
+	if err := sql.RowsBetween(ctx, l.db, l.Slot, l.witness.since, tick.Snapshot, func(id int64) {
 		if !l.witness.saw(id) {
 			missed++
 		}

@@ -51,6 +51,9 @@ type Skip struct {
 	More uint64
 	// Held, unless nil, tells events behind Through that are left out as well, by their ids.
 	Held func(id []byte) bool
+	// Aside, unless nil, tells events that the destination was not given, as they were set aside. They are not counted, neither up to Through nor behind
+	// it, and those behind it come by as any others.
+	Aside func(id []byte, at event.Position) bool
 	// Counted says that the destination holds Count events behind Since, up to Through, all of which are yet to come by.
 	Counted bool
 	Since   event.Position
@@ -368,7 +371,8 @@ func (d *Decoder) positionID() []byte {
 // hold.
 func (d *Decoder) leaveOut(id []byte) (bool, error) {
 	through := d.position.Compare(d.skip.Through)
-	if d.position.Compare(d.skip.Since) > 0 && through <= 0 {
+	aside := d.skip.Aside != nil && d.skip.Aside(id, d.position)
+	if d.position.Compare(d.skip.Since) > 0 && through <= 0 && !aside {
 		d.counted++
 	}
 	if through == 0 {
@@ -389,6 +393,8 @@ func (d *Decoder) leaveOut(id []byte) (bool, error) {
 	}
 	switch {
 	case through <= 0:
+	case aside:
+		return false, nil
 	case d.more < d.skip.More:
 		d.more++
 		d.last = d.position

@@ -54,17 +54,18 @@ type Known struct {
 	// Position and Sequence are those of the newest event that was recorded as delivered. They may be zero.
 	Position event.Position
 	Sequence uint64
-	// Audit asks that every message behind Sequence be looked at: where somebody else's has taken the place of an event, the numbers alone
-	// do not tell.
+	// Audit asks that every message behind Sequence be looked at: where somebody else's has taken the place of an event, or where events were
+	// retried, the numbers alone do not tell.
 	Audit bool
 }
 
 // Tail is the end of what a destination holds. Of a destination that does not number what it stores, Position alone is set.
 type Tail struct {
-	// Position, Sequence and ID are those of the last message that came from a bridge and is still there. ID is "" when that message is
-	// a recovered event, whose position is another's.
+	// Position, Sequence, Origin and ID are those of the last message that came from a bridge and is still there. ID is "" when that message is
+	// a recovered or a retried event, whose position is another's.
 	Position event.Position
 	Sequence uint64
+	Origin   event.Origin
 	ID       string
 	// Last is the sequence number of the last message that was ever stored, from whomever.
 	Last uint64
@@ -76,8 +77,10 @@ type Tail struct {
 	// Removed is how many messages behind Sequence, and behind what is known, are there no more. In an exclusive destination they were
 	// the bridge's.
 	Removed uint64
-	// Foreign is how many messages of others were found behind what is known and before Sequence.
-	Foreign uint64
+	// Foreign is how many messages of others were found behind what is known and before Sequence, Retried how many retried events up to it, and
+	// Missing how many of the messages between are there no more. Retried and Missing are known if Known.Audit
+	// asked for them.
+	Foreign, Retried, Missing uint64
 	// Source is what the destination was made for; zero if nobody has recorded that.
 	Source Source
 }

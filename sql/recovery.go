@@ -17,8 +17,8 @@ type Row struct {
 	CreatedAt                    time.Time
 }
 
-// RowsToRecover returns, by id, the next rows behind id after that the slot's stream does not hold and that no tick has
-// recorded: at most 1,000 of them, and about size bytes of content.
+// RowsToRecover returns, by id, the next rows behind id after that the slot's stream does not hold, that no tick has recorded, and that are not among the
+// dead letters: at most 1,000 of them, and about size bytes of content.
 func RowsToRecover(ctx context.Context, db *pgx.Conn, slot string, after int64, size int) ([]Row, error) {
 	rows, err := db.Query(ctx, `SELECT id, topic, key, payload, headers, created_at
 		FROM (
@@ -28,6 +28,7 @@ func RowsToRecover(ctx context.Context, db *pgx.Conn, slot string, after int64, 
 				FROM ebb.buffer b, ebb.slot s LEFT JOIN ebb.tick t ON t.id = s.recovered_after
 				WHERE s.name = $1 AND b.id > $2 AND pg_visible_in_snapshot(b.xid, s.snapshot)
 				  AND (t.snapshot IS NULL OR NOT pg_visible_in_snapshot(b.xid, t.snapshot))
+				  AND NOT EXISTS (SELECT FROM ebb.dead_letter d WHERE d.slot = $1 AND d.event_id = b.id::text)
 				ORDER BY b.id LIMIT 1000) p) q
 		WHERE before < $3 ORDER BY id`, slot, after, size)
 	if err != nil {
@@ -132,10 +133,11 @@ func AllVisible(ctx context.Context, db *pgx.Conn, slot string) (bool, error) {
 }
 
 // RowsBetween calls fn with the id of every row of a transaction that one snapshot, in the text form of type pg_snapshot, does not see and
-// a later one does.
-func RowsBetween(ctx context.Context, db *pgx.Conn, earlier, later string, fn func(id int64)) error {
-	rows, err := db.Query(ctx, `SELECT id FROM ebb.buffer WHERE pg_visible_in_snapshot(xid, $2::text::pg_snapshot)
-		AND ($1 = '' OR NOT pg_visible_in_snapshot(xid, nullif($1, '')::pg_snapshot))`, earlier, later)
+// a later one does, but for those that are among the dead letters of the slot.
+func RowsBetween(ctx context.Context, db *pgx.Conn, slot, earlier, later string, fn func(id int64)) error {
+	rows, err := db.Query(ctx, `SELECT id FROM ebb.buffer b WHERE pg_visible_in_snapshot(xid, $2::text::pg_snapshot)
+		AND ($1 = '' OR NOT pg_visible_in_snapshot(xid, nullif($1, '')::pg_snapshot))
+		AND NOT EXISTS (SELECT FROM ebb.dead_letter d WHERE d.slot = $3 AND d.event_id = b.id::text)`, earlier, later, slot)
 	if err != nil {
 		return fmt.Errorf("look for rows that are not recorded: %w", withHint(err))
 	}

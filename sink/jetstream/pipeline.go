@@ -3,6 +3,7 @@ package jetstream
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 	"sync"
@@ -11,7 +12,6 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"ebb/event"
-	"ebb/sink"
 	"ebb/sink/cloudevent"
 )
 
@@ -19,13 +19,16 @@ import (
 // wrong. Events are numbered from 1.
 type attempt interface {
 	// send publishes the events, which follow those that it sent before, as far as its own limits allow now, and returns how
-	// many it did. A *sink.RejectedError is about the event behind them.
-	send(events []*event.Event) (int, error)
+	// many it did. Retried ones get the position at. A *rejection is about the event behind them.
+	send(events []*event.Event, at event.Position) (int, error)
 	// changed receives when answers has something new.
 	changed() <-chan struct{}
 	// answers returns how many events are acknowledged, the last of them with sequence number seq, and what went wrong: err, with
 	// the event of that number, or with none that is known if that is 0. Those between acked and failed may or may not be in the stream.
 	answers() (acked int, seq uint64, failed int, err error)
+	// rest reports, once something went wrong, whether everything that was sent is answered, so that nothing of it can get into the stream any more;
+	// and which events are in the stream although one before them is not.
+	rest() (answered bool, stored map[int]bool)
 	// end stops listening. Answers that come later are lost.
 	end()
 }
@@ -76,13 +79,16 @@ type pipeline struct {
 	// in front of it.
 	failed int
 	err    error
+	// answered is how many messages are, and behind holds the numbers of those that were acknowledged after one had failed.
+	answered int
+	behind   map[int]bool
 }
 
-func (a *pipeline) send(events []*event.Event) (int, error) {
+func (a *pipeline) send(events []*event.Event, at event.Position) (int, error) {
 	acked, _, _, _ := a.answers()
 	room := min(len(events), a.limit(acked)-(a.sent-acked))
 	for i := range max(0, room) {
-		if err := a.publish(events[i]); err != nil {
+		if err := a.publish(events[i], at); err != nil {
 			return i, err
 		}
 		a.sent++
@@ -94,28 +100,40 @@ func (a *pipeline) send(events []*event.Event) (int, error) {
 // trusted again after some seconds of full speed.
 func (a *pipeline) limit(acked int) int { return min(maxPending, a.way.limit+acked/256) }
 
-func (a *pipeline) publish(e *event.Event) error {
-	m, err := a.way.composer.compose(e)
+func (a *pipeline) publish(e *event.Event, at event.Position) error {
+	m, err := a.way.composer.compose(e, at)
 	if err == nil {
 		m.Reply = a.inbox + "." + strconv.Itoa(a.sent+1)
 		if a.way.cfg.Exclusive {
 			m.Header[jetstream.ExpectedLastSeqHeader] = []string{strconv.FormatUint(a.base+uint64(a.sent), 10)}
 		} else {
-			// The epoch keeps what is replayed from being taken for a duplicate.
-			m.Header[jetstream.MsgIDHeader] = []string{strconv.FormatUint(uint64(e.Position.Epoch), 10) + ":" + string(e.ID)}
+			m.Header[jetstream.MsgIDHeader] = []string{messageID(e)}
+		}
+		if err := a.way.checkSize(e, m, a.way.composer.headers); err != nil {
+			return err
 		}
 		err = a.way.nc.PublishMsg(m)
 	}
 	switch {
 	case errors.Is(err, nats.ErrMaxPayload):
-		return &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: fmt.Errorf("its %d bytes and its headers are more than the "+
-			"server's max_payload of %d: raise it there and start ebb run again: %w", len(e.Payload), a.way.nc.MaxPayload(), err)}
+		return reject(e, reasonMaxPayload, fmt.Errorf("its %d bytes and its headers are more than the "+
+			"server's max_payload of %d: raise it there and start ebb run again: %w", len(e.Payload), a.way.nc.MaxPayload(), err))
 	case errors.Is(err, cloudevent.ErrHeader):
-		return &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: err}
+		return reject(e, reasonHeader, err)
 	case err != nil:
 		return fmt.Errorf("publish event %s: %w", e.ID, err)
 	}
 	return nil
+}
+
+// messageID is what a stream that others publish to as well knows a message by. The epoch keeps what is replayed from being taken for a duplicate. A
+// retry is told from the event's first delivery, and by the epoch in which it was set aside from a retry of one that is replayed.
+func messageID(e *event.Event) string {
+	id := strconv.FormatUint(uint64(e.Position.Epoch), 10) + ":" + string(e.ID)
+	if e.Origin == event.Retried {
+		id = string(event.Retried) + ":" + id
+	}
+	return id
 }
 
 func (a *pipeline) changed() <-chan struct{} { return a.signal }
@@ -125,11 +143,16 @@ func (a *pipeline) answer(m *nats.Msg) {
 	seq, err := parseAck(m)
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.err != nil {
-		return
-	}
+	a.answered++
 	n, numErr := strconv.Atoi(strings.TrimPrefix(m.Subject[len(a.inbox):], "."))
 	switch {
+	case a.err != nil:
+		if err == nil && numErr == nil && n > a.failed {
+			if a.behind == nil {
+				a.behind = map[int]bool{}
+			}
+			a.behind[n] = true
+		}
 	case err != nil:
 		a.err, a.failed = err, n
 	case numErr != nil:
@@ -156,6 +179,15 @@ func (a *pipeline) answers() (acked int, seq uint64, failed int, err error) {
 	return a.acked, a.seq, a.failed, a.err
 }
 
+func (a *pipeline) rest() (answered bool, stored map[int]bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.answered < a.sent {
+		return false, nil
+	}
+	return true, maps.Clone(a.behind)
+}
+
 // minLimit is how many messages are worth sending to the busiest server.
 const minLimit = 16
 
@@ -174,12 +206,24 @@ type composer struct {
 	*Sink
 	subject, scratch []byte
 	header           nats.Header
+	// headers is about how many bytes those of the last message take that have something of the event.
+	headers int
 }
 
-// compose returns the message of an event, which is valid until the next one is composed. A way of publishing adds headers of its own.
-func (c *composer) compose(e *event.Event) (*nats.Msg, error) {
+// compose returns the message of an event, which is valid until the next one is composed. That of a retried event has the position at. A way of
+// publishing adds headers of its own.
+func (c *composer) compose(e *event.Event, at event.Position) (*nats.Msg, error) {
+	if e.Origin == event.Retried {
+		retried := *e
+		retried.Position = at
+		e = &retried
+	}
 	clear(c.header)
-	emit := func(name string, value []byte) { c.header[name] = append(c.header[name], string(value)) }
+	c.headers = 2 * len(e.ID) // which may be in two more of them
+	emit := func(name string, value []byte) {
+		c.header[name] = append(c.header[name], string(value))
+		c.headers += len(name) + len(value) + len(": \r\n")
+	}
 	c.header[jetstream.ExpectedStreamHeader] = []string{c.cfg.Stream}
 	var err error
 	if c.cfg.Raw {

@@ -108,6 +108,9 @@ type publishing struct {
 	in   chan *event.Batch
 	done chan struct{}
 	err  error // once done is closed
+	// dead, unless nil, keeps what is not delivered.
+	dead   *deadLetters
+	cancel context.CancelFunc
 
 	handed int
 
@@ -147,17 +150,22 @@ func (p *publishing) resume() {
 
 func (p *publishing) run() {
 	ctx, cancel := context.WithCancel(p.t.Context())
+	p.cancel = cancel
 	p.t.Cleanup(func() { cancel(); <-p.done })
+	out := sink.Outcome{Delivered: func(progress sink.Progress) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.delivered += progress.Events
+		p.progress = append(p.progress, progress)
+		close(p.changed)
+		p.changed = make(chan struct{})
+	}}
+	if p.dead != nil {
+		out.Dead = p.dead
+	}
 	go func() {
 		defer close(p.done)
-		p.err = p.sink.Run(ctx, p.in, sink.Outcome{Delivered: func(progress sink.Progress) {
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			p.delivered += progress.Events
-			p.progress = append(p.progress, progress)
-			close(p.changed)
-			p.changed = make(chan struct{})
-		}})
+		p.err = p.sink.Run(ctx, p.in, out)
 	}()
 }
 

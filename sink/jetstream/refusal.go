@@ -11,6 +11,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"ebb/event"
 	"ebb/sink"
 )
 
@@ -27,6 +28,57 @@ const (
 	codeNoLimits        = 10120 // the account has no JetStream for this number of replicas
 	codeTooManyRequests = 10167
 )
+
+// Why events are rejected, for the dead letters.
+const (
+	reasonMaxPayload = "larger than max_payload"
+	reasonHeader     = "bad header"
+	reasonMaxMsgSize = "larger than max_msg_size"
+	reasonHeaders    = "headers too large"
+)
+
+// maxHeaders is how many bytes of headers a stream takes. Source: processJetStreamMsg in server/stream.go of nats-server.
+const maxHeaders = 1<<16 - 1
+
+// rejection is about an event that the stream can never hold.
+type rejection struct {
+	*sink.RejectedError
+	reason string
+	// sent says that it was the server which refused it.
+	sent bool
+}
+
+func (r *rejection) Unwrap() error { return r.RejectedError }
+
+func reject(e *event.Event, reason string, err error) *rejection {
+	return &rejection{RejectedError: &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: err}, reason: reason}
+}
+
+func headersTooLarge(e *event.Event, err error) *rejection {
+	return reject(e, reasonHeaders, fmt.Errorf("its headers, with topic and key, are more than the 65,535 bytes that JetStream takes: %w", err))
+}
+
+func messageTooLarge(e *event.Event, err error) *rejection {
+	return reject(e, reasonMaxMsgSize, fmt.Errorf("it is larger than the stream's max_msg_size: raise that and start ebb run again: %w", err))
+}
+
+// checkSize rejects a message that the stream would refuse. A refusal comes when the messages behind it are on their way already, which name another
+// predecessor than they do once it is set aside. The headers are about so many bytes.
+func (s *Sink) checkSize(e *event.Event, m *nats.Msg, headers int) error {
+	const others = 1 << 10 // the rest of the headers
+	headers += others
+	if headers <= maxHeaders && (s.maxMsgSize <= 0 || headers+len(m.Data) <= s.maxMsgSize) {
+		return nil
+	}
+	headers = m.Size() - len(m.Subject) - len(m.Reply) - len(m.Data)
+	switch {
+	case headers > maxHeaders:
+		return headersTooLarge(e, fmt.Errorf("they are %d bytes", headers))
+	case s.maxMsgSize > 0 && headers+len(m.Data) > s.maxMsgSize:
+		return messageTooLarge(e, fmt.Errorf("it is %d bytes with its headers, and that is %d", headers+len(m.Data), s.maxMsgSize))
+	}
+	return nil
+}
 
 // errGoneOn says that the stream holds messages that were not there when the attempt began.
 var errGoneOn = errors.New("the stream has gone on without this bridge")
@@ -67,11 +119,13 @@ func (p *publisher) explain(ctx context.Context, failed int, err error) error {
 	case errors.Is(err, errNoResponders), isAPIError(err, codeWrongStream):
 		return p.listens(ctx, string(p.Sink.subject.append(nil, e.Topic, e.Key)))
 	case isAPIError(err, codeMessageTooLarge):
-		err = fmt.Errorf("it is larger than the stream's max_msg_size: raise that and start ebb run again: %w", err)
-		return &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: err}
+		r := messageTooLarge(e, err)
+		r.sent = true
+		return r
 	case isAPIError(err, codeHeadersTooLarge):
-		err = fmt.Errorf("its headers, with topic and key, are more than the 65,535 bytes that JetStream takes: %w", err)
-		return &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: err}
+		r := headersTooLarge(e, err)
+		r.sent = true
+		return r
 	case isAPIError(err, codeSealed):
 		return backoff.Permanent(fmt.Errorf("the stream was sealed, which cannot be undone: %w: name another one (nats.stream): %w",
 			ErrUnsuitable, err))

@@ -92,6 +92,12 @@ type Sink struct {
 	// last is the last event that the stream is known to hold, and end the last message, from whomever, when it was asked.
 	last message
 	end  uint64
+	// position is that of the last message that a bridge has published, and at the last place of which it is known that every event before it was
+	// delivered, and that it was said of every retry.
+	position event.Position
+	at       sink.Progress
+	// maxMsgSize is that of the stream, or not positive.
+	maxMsgSize int
 	// warned says that the log has what is doubtful about the stream's settings.
 	warned bool
 }
@@ -161,13 +167,18 @@ func (s *Sink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) 
 		if tail, err = s.tail(ctx, info.State.LastSeq, known); err != nil {
 			return err
 		}
-		tail.Source = sourceOf(info.Config.Metadata)
+		tail.Source, s.maxMsgSize = sourceOf(info.Config.Metadata), int(info.Config.MaxMsgSize)
 		return nil
 	})
 	if err != nil {
 		return sink.Tail{}, err
 	}
 	s.last, s.end = message{seq: tail.Sequence, position: tail.Position, id: tail.ID}, tail.Last
+	s.at = sink.Progress{Position: tail.Position, Sequence: tail.Sequence}
+	if tail.Sequence < known.Sequence || tail.Position.Compare(known.Position) < 0 { // the stream has removed what is known
+		s.at = sink.Progress{Position: known.Position, Sequence: known.Sequence}
+	}
+	s.position = s.at.Position
 	return tail, nil
 }
 

@@ -148,7 +148,7 @@ func (s *Sink) tail(ctx context.Context, last uint64, known sink.Known) (sink.Ta
 		if m.kind == foreign { // the stream has forgotten, and others have gone on
 			if err := s.scan(ctx, 0, known.Sequence, func(m message, _ []byte) error {
 				if !m.foreign {
-					t.Position, t.Sequence, t.ID = m.position, m.seq, m.streamedID()
+					t.Position, t.Sequence, t.ID, t.Origin = m.position, m.seq, m.streamedID(), m.origin
 				}
 				return nil
 			}); err != nil {
@@ -159,7 +159,7 @@ func (s *Sink) tail(ctx context.Context, last uint64, known sink.Known) (sink.Ta
 				t.Holds = t.Sequence
 				return t, nil
 			}
-			t.Position, t.Sequence, t.ID = event.Position{}, 0, ""
+			t.Position, t.Sequence, t.ID, t.Origin = event.Position{}, 0, "", event.Streamed
 		}
 	}
 	m, err := s.peek(ctx, last)
@@ -167,7 +167,7 @@ func (s *Sink) tail(ctx context.Context, last uint64, known sink.Known) (sink.Ta
 	case err != nil:
 		return sink.Tail{}, err
 	case m.kind == ours && !known.Audit && s.cfg.Exclusive:
-		t.Position, t.Sequence, t.ID = m.position, m.seq, m.streamedID()
+		t.Position, t.Sequence, t.ID, t.Origin = m.position, m.seq, m.streamedID(), m.origin
 		return t, nil
 	}
 	after := known.Sequence
@@ -175,13 +175,19 @@ func (s *Sink) tail(ctx context.Context, last uint64, known sink.Known) (sink.Ta
 		after = 0 // the stream has forgotten what is known, and is to be gone on with from wherever it ends
 	}
 	behind := uint64(0) // messages of others behind the last one of ours
+	there := uint64(0)
 	if err := s.scan(ctx, after, last, func(m message, _ []byte) error {
+		there++
 		if m.foreign {
 			behind++
 			return nil
 		}
-		t.Position, t.Sequence, t.ID = m.position, m.seq, m.streamedID()
+		t.Position, t.Sequence, t.ID, t.Origin = m.position, m.seq, m.streamedID(), m.origin
 		t.Foreign, behind = t.Foreign+behind, 0
+		t.Missing = m.seq - after - there
+		if m.origin == event.Retried {
+			t.Retried++
+		}
 		return nil
 	}); err != nil {
 		return sink.Tail{}, err

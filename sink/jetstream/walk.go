@@ -41,8 +41,15 @@ func (m peeked) String() string {
 	return fmt.Sprintf("event %q at %s", m.id, m.position)
 }
 
+// is reports whether m is an event. The position of a retried one is that of the event which it came behind.
 func (m peeked) is(e *event.Event) bool {
-	return m.kind == ours && m.position == e.Position && m.id == string(e.ID)
+	if m.kind != ours || m.id != string(e.ID) {
+		return false
+	}
+	if e.Origin == event.Retried {
+		return m.origin == event.Retried
+	}
+	return m.position == e.Position
 }
 
 // walk compares a stretch of the stream with the pending events.
@@ -52,9 +59,10 @@ func (m peeked) is(e *event.Event) bool {
 type walk struct {
 	pending []*event.Event
 
-	// matched is how many of the events the stream holds, the last of them at sequence number seq.
+	// matched is how many of the events the stream holds, the last of them at sequence number seq, and all of them at seqs.
 	matched int
 	seq     uint64
+	seqs    []uint64
 	// end is the last message that was understood.
 	end uint64
 	// foreign is how many messages up to end are foreign, the last of them at stranger.
@@ -106,12 +114,19 @@ func (w *walk) match(m peeked) error {
 		return w.unknown(m.seq)
 	}
 	if m.is(rest[w.deleted]) {
+		for i := range w.deleted + 1 {
+			w.seqs = append(w.seqs, m.seq-uint64(w.deleted-i))
+		}
 		w.matched += w.deleted + 1
 		w.seq, w.end, w.deleted = m.seq, m.seq, 0
 		return nil
 	}
 	if w.deleted > 0 {
 		return w.unknown(m.seq)
+	}
+	if m.origin == event.Retried {
+		return backoff.Permanent(fmt.Errorf("it holds %s at sequence %d, which another bridge has delivered from the dead letters: %w", m, m.seq,
+			sink.ErrChanged))
 	}
 	lost := rest[0]
 	if w.foreign > 0 {

@@ -180,7 +180,7 @@ func TestWindow(t *testing.T) {
 					b.Events = append(b.Events, event.Event{ID: b.Copy([]byte(id))})
 					want = append(want, id)
 				}
-				w.add(b)
+				w.add(b, nil)
 			},
 			"drop": func(t *rapid.T) {
 				n := rapid.IntRange(0, len(want)).Draw(t, "dropped")
