@@ -118,6 +118,10 @@ func (b *bench) produce(producing, ctx context.Context, producer int) (int, erro
 		return 0, err
 	}
 	defer db.Close(context.WithoutCancel(ctx))
+	// The log writer would take its time, and nothing is decoded before it is flushed.
+	if _, err := db.Exec(ctx, "SET synchronous_commit = on"); err != nil {
+		return 0, err
+	}
 	next := map[string]int{}
 	count := 0
 	for began := time.Now(); ; count++ {
