@@ -293,6 +293,9 @@ func (l *leader) heldBehind(ctx context.Context, seq uint64) (func(id []byte) bo
 		if m.Origin == event.Streamed && l.record.Epochs.Repeats(m.Position) {
 			return nil // and is to be there once more
 		}
+		if m.Origin == event.Retried {
+			return nil // the dead letters know it, and whether it is to be there once more
+		}
 		if id, ok := l.managedID(m.ID); ok {
 			numbers.add(id)
 		} else {

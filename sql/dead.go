@@ -169,7 +169,8 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 			ON CONFLICT (slot, event_id, place) DO UPDATE SET
 				number = DEFAULT, topic = excluded.topic, key = excluded.key, payload = excluded.payload, payload_bytes = excluded.payload_bytes,
 				content_type = excluded.content_type, headers = excluded.headers, event_time = excluded.event_time, position = excluded.position,
-				epoch = excluded.epoch, replay = excluded.replay, state = excluded.state,
+				epoch = excluded.epoch, replay = excluded.replay,
+				state = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` AND d.key IS NULL THEN d.state ELSE excluded.state END,
 				stream_seq = NULL, destination = NULL, decided_by = NULL, decided_at = NULL,
 				-- Why it waits does not change by that it has to wait behind others now.
 				reason = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.reason ELSE excluded.reason END,
@@ -533,12 +534,13 @@ func CountLetters(ctx context.Context, db *pgx.Conn, slot string) (int64, error)
 // CollectLetters removes events that were delivered longer than keep ago, at most limit of them, and returns how many. Those stay that may come by
 // again, as the slot has not confirmed them, and those of a destination that may forget them without that a tick tells.
 func CollectLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, confirmed event.LSN, keep time.Duration, limit int) (int64, error) {
-	tag, err := db.Exec(ctx, `WITH `+term+`
+	tag, err := db.Exec(ctx, `WITH `+term+`, old AS (
+			SELECT t.destination, max(t.stream_seq) AS seq FROM slot JOIN ebb.tick t ON t.slot = slot.name
+			WHERE t.delivered_at < clock_timestamp() - make_interval(secs => $3) GROUP BY t.destination)
 		DELETE FROM ebb.dead_letter WHERE number IN (
-			SELECT d.number FROM slot JOIN ebb.dead_letter d ON d.slot = slot.name
+			SELECT d.number FROM slot JOIN ebb.dead_letter d ON d.slot = slot.name LEFT JOIN old ON old.destination = d.destination
 			WHERE d.state = 'delivered' AND d.last_at < clock_timestamp() - make_interval(secs => $3) AND split_part(d.place, ':', 1)::pg_lsn < $4::text::pg_lsn
-				AND (d.stream_seq IS NULL OR EXISTS (SELECT FROM ebb.tick t WHERE t.slot = slot.name AND t.destination = d.destination
-					AND t.delivered_at < clock_timestamp() - make_interval(secs => $3) AND t.stream_seq >= d.stream_seq))
+				AND (d.stream_seq IS NULL OR d.stream_seq <= old.seq)
 			LIMIT $5)`, r.Name, r.Term, keep.Seconds(), confirmed.String(), limit)
 	if err != nil {
 		return 0, fmt.Errorf("remove delivered dead letters: %w", withHint(err))

@@ -224,8 +224,12 @@ func TestDeadLettersComeByAgain(t *testing.T) {
 	}
 	again := letterAt(2, 4, "b")
 	again.Retry, again.Replay = true, 7
-	store(t, conn, r, letterAt(2, 1, "a"), letterAt(2, 2, "a"), again, letterAt(2, 5, "c"))
-	want = []string{"parked 3 1 queued", "discarded 5 1 queued", "parked 6 1 queued", "parked 1 2 status 400", "parked 2 2 queued", "retrying 4 2 queued"}
+	alone := letterAt(1, 7, "")
+	store(t, conn, r, alone)
+	alone.Position.Epoch, alone.Retry = 2, true
+	store(t, conn, r, letterAt(2, 1, "a"), letterAt(2, 2, "a"), again, letterAt(2, 5, "c"), alone)
+	want = []string{"parked 3 1 queued", "discarded 5 1 queued", "parked 6 1 queued", "parked 1 2 status 400", "parked 2 2 queued", "retrying 4 2 queued",
+		"parked 7 2 queued"}
 	if diff := cmp.Diff(want, queue(t, db)); diff != "" {
 		t.Errorf("in a later epoch: %s", diff)
 	}

@@ -89,9 +89,6 @@ func printStatus(w io.Writer, s *bridge.Status) error {
 	fmt.Fprintf(t, "backlog\t%s%d events, the oldest %s old\n", about, s.Backlog.Events, seconds(s.Backlog.OldestAgeSeconds))
 	fmt.Fprintf(t, "flow\t%s\n", map[sql.FlowState]string{sql.FlowOpen: "open", sql.FlowWarn: "warn: the lag is past flow.warn",
 		sql.FlowClosed: "closed: the lag is past flow.limit, and ebb.put is refused"}[s.Flow])
-	if s.DeadLetters > 0 {
-		fmt.Fprintf(t, "dead letters\t%d events are set aside (ebb dead list)\n", s.DeadLetters)
-	}
 	if r := s.Replay; r != nil {
 		fmt.Fprintf(t, "replay\tnumber %d from %s is %s; %d of %d events so far (ebb replay --cancel ends it)\n", r.ID, r.From, r.State, r.Delivered, r.Events)
 	}
