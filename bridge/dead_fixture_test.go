@@ -80,7 +80,6 @@ type parkingRun struct {
 }
 
 type parkingEntry struct {
-	key      string
 	done     bool
 	progress sink.Progress
 }

@@ -308,6 +308,58 @@ func TestAttemptsAtDeadLetters(t *testing.T) {
 	}
 }
 
+// What is read at once is bounded, for each queue and for all of them.
+func TestDeadLettersAreReadInBatches(t *testing.T) {
+	db, conn, r := deadFixture(t)
+	x, y := "x", "y"
+	for i := range 8 {
+		l := letterAt(1, uint64(i), x)
+		if l.Payload = []byte(`"` + strings.Repeat("p", 998) + `"`); i%4 == 3 {
+			l.Payload, l.ContentType = l.Payload[1:999], "text/plain"
+		}
+		if l.Retry = true; i >= 4 {
+			l.Key = &y
+		}
+		store(t, conn, r, l)
+	}
+	store(t, conn, r, letterAt(1, 9, ""))
+	gone, alone := "gone", pgtest.Value[int64](t, db, "SELECT max(number) FROM ebb.dead_letter")
+	for _, c := range []struct {
+		most, each, all int
+		want            string
+	}{
+		{100, 1 << 20, 1 << 20, "4 4 empty parked"},
+		{3, 1 << 20, 1 << 20, "3 3 empty parked"},
+		{1, 1 << 20, 1 << 20, "1 1 empty parked"},
+		{100, 1500, 1 << 20, "2 2 empty parked"},
+		{100, 1, 1 << 20, "1 1 empty parked"},
+		{100, 1500, 4500, "2 1 unread unread"},
+		{100, 1500, 1, "1 unread unread unread"},
+	} {
+		queues := []sql.Queue{{Key: &x}, {Key: &y}, {Key: &gone}, {Number: alone}}
+		got, err := sql.NextLetters(t.Context(), conn, "s", queues, []int{c.most, c.most, c.most, c.most}, c.each, c.all)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var words []string
+		for _, n := range got {
+			switch {
+			case !n.Read:
+				words = append(words, "unread")
+			case n.Parked:
+				words = append(words, "parked")
+			case len(n.Letters) == 0:
+				words = append(words, "empty")
+			default:
+				words = append(words, fmt.Sprint(len(n.Letters)))
+			}
+		}
+		if got := strings.Join(words, " "); got != c.want {
+			t.Errorf("at most %d, %d bytes and %d in all: %s, want %s", c.most, c.each, c.all, got, c.want)
+		}
+	}
+}
+
 // Delivered letters are removed, but for those that may be needed.
 func TestDeadLettersAreCollected(t *testing.T) {
 	db, conn, r := deadFixture(t)
