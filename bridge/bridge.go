@@ -55,6 +55,8 @@ type Config struct {
 
 	// interrupt, unless nil, is called by tests at places where a bridge may be killed. An error ends the bridge there.
 	interrupt func(place string) error
+	// retryAfter, unless 0, is after what time the first attempt at a kept event that has failed is followed by another one.
+	retryAfter time.Duration
 }
 
 func (c *Config) at(place string) error {

@@ -2,6 +2,7 @@ package bridge
 
 import (
 	"bytes"
+	"cmp"
 	"container/heap"
 	"context"
 	"errors"
@@ -557,7 +558,7 @@ func (d *deadLetters) schedule(q *deadQueue) {
 func (d *deadLetters) afterWait(q *deadQueue, asked time.Duration) time.Time {
 	if q.wait == nil {
 		q.wait = backoff.NewExponentialBackOff()
-		q.wait.InitialInterval, q.wait.MaxInterval = retryFirst, retryLast
+		q.wait.InitialInterval, q.wait.MaxInterval = cmp.Or(d.cfg.retryAfter, retryFirst), retryLast
 	}
 	next := q.wait.NextBackOff()
 	if asked > 0 {

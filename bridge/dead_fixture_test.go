@@ -80,7 +80,6 @@ type parkingRun struct {
 }
 
 type parkingEntry struct {
-	key      string
 	done     bool
 	progress sink.Progress
 }
@@ -366,6 +365,7 @@ func everyKind(t *testing.T, test func(t *testing.T, f *fixture, s *parkingSink,
 	t.Parallel()
 	for _, exact := range []bool{true, false} {
 		t.Run(fmt.Sprintf("exact %v", exact), func(t *testing.T) {
+			t.Parallel()
 			s, as := newParkingSink(exact)
 			test(t, newFixture(t, pgtest.New(t)), s, as)
 		})

@@ -28,7 +28,7 @@ import (
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
 // patience is how long a test waits for what must come.
-const patience = 15 * time.Second
+const patience = 60 * time.Second
 
 // fixture is a database that is set up for a bridge.
 type fixture struct {

@@ -281,6 +281,7 @@ func (t *tracker) advance() confirmation {
 func (t *tracker) span(from, to event.LSN) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.prune()
 	if n := len(t.spans); n > 0 {
 		last := &t.spans[n-1]
 		if merged := (span{min(last.from, from), max(last.to, to)}); merged.to-merged.from <= spanMerge {
@@ -292,13 +293,18 @@ func (t *tracker) span(from, to event.LSN) {
 	t.spans = append(t.spans, span{from, to})
 }
 
-// outside returns the highest place up to lsn that is in no span.
-func (t *tracker) outside(lsn event.LSN) event.LSN {
+// prune forgets the spans that are over.
+func (t *tracker) prune() {
 	n := 0
 	for n < len(t.spans) && (t.spans[n].to <= t.confirmed.flush || t.spans[n].to+spanSlack <= t.confirmed.write) {
 		n++
 	}
 	t.spans = t.spans[n:]
+}
+
+// outside returns the highest place up to lsn that is in no span.
+func (t *tracker) outside(lsn event.LSN) event.LSN {
+	t.prune()
 	for i := len(t.spans) - 1; i >= 0; i-- {
 		if s := t.spans[i]; s.from < lsn && lsn < s.to {
 			lsn = s.from

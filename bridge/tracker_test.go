@@ -1,6 +1,7 @@
 package bridge
 
 import (
+	"slices"
 	"strconv"
 	"testing"
 
@@ -21,6 +22,7 @@ func TestTracker(t *testing.T) {
 			lsn    event.LSN
 		}
 		var marks []modelMark
+		var spans []span
 		handed, delivered, end := 0, 0, start
 		tick := event.LSN(0) // everything before it is covered
 		last := confirmation{start, start}
@@ -48,6 +50,16 @@ func TestTracker(t *testing.T) {
 					want.flush = max(want.flush, m.lsn)
 				}
 			}
+			// The highest place up to there in none of the spans, but not back from where it was.
+			for inside := true; inside; {
+				inside = false
+				for _, s := range spans {
+					if s.from < want.flush && want.flush < s.to {
+						want.flush, inside = s.from, true
+					}
+				}
+			}
+			want.flush = max(want.flush, last.flush)
 			if got != want {
 				t.Fatalf("confirms %v with %d of %d delivered and a tick at %s, want %v", got, delivered, handed, tick, want)
 			}
@@ -93,12 +105,33 @@ func TestTracker(t *testing.T) {
 			tick = max(tick, event.LSN(rapid.Uint64Range(1, uint64(last.write)).Draw(t, "tick")))
 			check(tracker.cover(tick))
 		}
-		t.Repeat(map[string]func(*rapid.T){"hand": hand, "deliver": deliver, "cover": cover})
+		setAside := func(t *rapid.T) {
+			// It is not delivered yet, so that nothing from there on is confirmed, and what is set aside later is in the log behind that.
+			s := span{from: last.write + event.LSN(rapid.IntRange(0, 5).Draw(t, "from")), to: end}
+			if n := len(spans); n > 0 {
+				s.to = max(s.to, spans[n-1].to)
+			}
+			s.to += event.LSN(rapid.IntRange(0, 5).Draw(t, "to"))
+			if s.from >= s.to {
+				return
+			}
+			tracker.span(s.from, s.to)
+			spans = slices.DeleteFunc(spans, func(s span) bool { return s.to <= last.flush })
+			if n := len(spans); n > 0 { // those that are close are one
+				s.from = min(s.from, spans[n-1].from)
+				spans = spans[:n-1]
+			}
+			spans = append(spans, s)
+		}
+		t.Repeat(map[string]func(*rapid.T){"hand": hand, "deliver": deliver, "cover": cover, "set aside": setAside})
 		n := handed - delivered
 		delivered = handed
 		check(tracker.deliver(sink.Progress{Events: n}))
 		tick = end
 		check(tracker.cover(tick))
+		if n := len(spans); n > 0 && last.flush < last.write && last.write >= spans[n-1].to {
+			t.Fatalf("flush stays at %s, and everything up to %s is covered, behind all spans", last.flush, last.write)
+		}
 		if len(tracker.waiting)+len(tracker.done) != 0 {
 			t.Fatalf("marks are left: %v, %v", tracker.waiting, tracker.done)
 		}
@@ -267,5 +300,51 @@ func TestTrackerThinsOutWhatWaitsForATick(t *testing.T) {
 	}
 	if got := tracker.cover(n + 1); got.flush != n+1 {
 		t.Errorf("flush is %d in the end, want %d", got.flush, n+1)
+	}
+}
+
+// A standby that has what is confirmed has the dead letter of every event before that as well, unless it is far behind.
+func TestTrackerOfSpans(t *testing.T) {
+	tracker := newTracker(100, sink.Progress{}, false)
+	hand := func(events int, lsn event.LSN) confirmation {
+		b := event.NewBatch()
+		defer b.Release()
+		b.Events = append(b.Events, make([]event.Event, events)...)
+		b.MarkEnd(lsn)
+		tracker.hand(b, 0, sink.Progress{})
+		return tracker.deliver(sink.Progress{Events: events})
+	}
+	want := func(what string, got confirmation, write, flush event.LSN) {
+		t.Helper()
+		if got != (confirmation{write, flush}) {
+			t.Errorf("%s: %v, want %v", what, got, confirmation{write, flush})
+		}
+	}
+	want("before", hand(1, 200), 200, 200)
+	tracker.span(210, 300)
+	want("behind an event whose letter is at 300", hand(1, 250), 250, 210)
+	want("at its letter", hand(0, 300), 300, 300)
+
+	// One after the other, without a gap in which nothing is under way.
+	at := event.LSN(1000)
+	hand(0, at)
+	var got confirmation
+	for range 1000 {
+		tracker.span(at+10, at+spanMerge/2)
+		at += spanMerge / 4
+		got = hand(1, at)
+	}
+	if behind := got.write - got.flush; behind < spanSlack-spanMerge || behind > spanSlack+3*spanMerge {
+		t.Errorf("flush is %d bytes behind, want about %d", behind, spanSlack)
+	}
+	if n := len(tracker.spans); n > 2*spanSlack/spanMerge {
+		t.Errorf("%d spans are remembered", n)
+	}
+	want("in the end", hand(0, at+spanMerge), at+spanMerge, at+spanMerge)
+	if n := len(tracker.spans); n != 1 {
+		hand(0, at+2*spanMerge)
+		if n := len(tracker.spans); n != 0 {
+			t.Errorf("%d spans are remembered", n)
+		}
 	}
 }

@@ -67,13 +67,12 @@ func ListenForDecisions(ctx context.Context, db *pgx.Conn) (channel string, err 
 //
 // What Postgres does not take as text or JSON is stored as bytes, or escaped.
 func StoreLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Letter) error {
-	err := storeLetters(ctx, db, r, letters, false)
-	var pg *pgconn.PgError
-	if !errors.As(err, &pg) || !strings.HasPrefix(pg.Code, "22") && !strings.HasPrefix(pg.Code, "54") { // data exception; program limit exceeded
-		return err
+	err := storeLetters(ctx, db, r, letters, asItIs)
+	for form := inASCII; form <= inBytes && isOfData(err) && len(letters) == 1; form++ {
+		err = storeLetters(ctx, db, r, letters, form)
 	}
-	if len(letters) == 1 {
-		return storeLetters(ctx, db, r, letters, true)
+	if !isOfData(err) || len(letters) == 1 {
+		return err
 	}
 	half := len(letters) / 2
 	if err := StoreLetters(ctx, db, r, letters[:half]); err != nil {
@@ -82,8 +81,25 @@ func StoreLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 	return StoreLetters(ctx, db, r, letters[half:])
 }
 
-// storeLetters is StoreLetters in one statement. If plain, payloads are stored as bytes, and text of receivers in ASCII.
-func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Letter, plain bool) error {
+// isOfData reports whether an error is of what is stored, and comes whenever that is.
+func isOfData(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "22") || strings.HasPrefix(pg.Code, "54")) // data exception; program limit exceeded
+}
+
+// form is how a letter is stored.
+type form int
+
+const (
+	asItIs form = iota
+	// inASCII has text of receivers and headers in ASCII, for a database in an encoding that does not have all characters.
+	inASCII
+	// inBytes has the payload in bytes as well.
+	inBytes
+)
+
+// storeLetters is StoreLetters in one statement.
+func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Letter, as form) error {
 	n := len(letters)
 	var (
 		ids, topics, types, positions, places = make([]string, 0, n), make([]string, 0, n), make([]string, 0, n), make([]string, 0, n), make([]string, 0, n)
@@ -106,7 +122,7 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 		seen[[2]string{l.ID, place}] = true
 		var payload *string
 		content := l.Payload
-		if !plain && l.ContentType == jsonType && isJSON(content) {
+		if as < inBytes && l.ContentType == jsonType && isJSON(content) {
 			text := string(content)
 			payload, content = &text, nil
 		} else if content == nil {
@@ -123,7 +139,7 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 			first[*l.Key] = state
 		}
 		reason, detail, object := clean(l.Reason), clean(l.Detail), l.Headers
-		if plain {
+		if as >= inASCII {
 			reason, detail, object = toASCII(reason), toASCII(detail), escapeJSON(object)
 		}
 		var header *string
@@ -153,7 +169,8 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 			ON CONFLICT (slot, event_id, place) DO UPDATE SET
 				number = DEFAULT, topic = excluded.topic, key = excluded.key, payload = excluded.payload, payload_bytes = excluded.payload_bytes,
 				content_type = excluded.content_type, headers = excluded.headers, event_time = excluded.event_time, position = excluded.position,
-				epoch = excluded.epoch, replay = excluded.replay, state = excluded.state,
+				epoch = excluded.epoch, replay = excluded.replay,
+				state = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` AND d.key IS NULL THEN d.state ELSE excluded.state END,
 				stream_seq = NULL, destination = NULL, decided_by = NULL, decided_at = NULL,
 				-- Why it waits does not change by that it has to wait behind others now.
 				reason = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.reason ELSE excluded.reason END,
@@ -428,8 +445,7 @@ type Attempt struct {
 // stays discarded.
 func StoreAttempts(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, attempts []Attempt) error {
 	err := storeAttempts(ctx, db, r, destination, attempts, clean)
-	var pg *pgconn.PgError
-	if errors.As(err, &pg) && strings.HasPrefix(pg.Code, "22") { // data exception: a receiver's text, which this database has no characters for
+	if isOfData(err) { // text of a receiver, which this database has no characters for
 		return storeAttempts(ctx, db, r, destination, attempts, func(s string) string { return toASCII(clean(s)) })
 	}
 	return err
@@ -518,12 +534,13 @@ func CountLetters(ctx context.Context, db *pgx.Conn, slot string) (int64, error)
 // CollectLetters removes events that were delivered longer than keep ago, at most limit of them, and returns how many. Those stay that may come by
 // again, as the slot has not confirmed them, and those of a destination that may forget them without that a tick tells.
 func CollectLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, confirmed event.LSN, keep time.Duration, limit int) (int64, error) {
-	tag, err := db.Exec(ctx, `WITH `+term+`
+	tag, err := db.Exec(ctx, `WITH `+term+`, old AS (
+			SELECT t.destination, max(t.stream_seq) AS seq FROM slot JOIN ebb.tick t ON t.slot = slot.name
+			WHERE t.delivered_at < clock_timestamp() - make_interval(secs => $3) GROUP BY t.destination)
 		DELETE FROM ebb.dead_letter WHERE number IN (
-			SELECT d.number FROM slot JOIN ebb.dead_letter d ON d.slot = slot.name
+			SELECT d.number FROM slot JOIN ebb.dead_letter d ON d.slot = slot.name LEFT JOIN old ON old.destination = d.destination
 			WHERE d.state = 'delivered' AND d.last_at < clock_timestamp() - make_interval(secs => $3) AND split_part(d.place, ':', 1)::pg_lsn < $4::text::pg_lsn
-				AND (d.stream_seq IS NULL OR EXISTS (SELECT FROM ebb.tick t WHERE t.slot = slot.name AND t.destination = d.destination
-					AND t.delivered_at < clock_timestamp() - make_interval(secs => $3) AND t.stream_seq >= d.stream_seq))
+				AND (d.stream_seq IS NULL OR d.stream_seq <= old.seq)
 			LIMIT $5)`, r.Name, r.Term, keep.Seconds(), confirmed.String(), limit)
 	if err != nil {
 		return 0, fmt.Errorf("remove delivered dead letters: %w", withHint(err))
