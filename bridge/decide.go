@@ -486,7 +486,7 @@ func (f *facts) beginsRecovery() bool {
 // counted reports whether sequence numbers tell how many events the slot must bring that the destination holds already. What is missing of them may have
 // been retried events.
 func (f *facts) counted() bool {
-	if f.remembers && f.tail.Missing > 0 && f.retried > f.tail.Retried {
+	if f.remembers && f.tail.Missing > 0 && f.retried > 0 {
 		return false
 	}
 	return f.remembers && f.tail.Exclusive && f.record.Done && f.ticked && f.tail.Sequence >= f.tick.StreamSeq &&
@@ -540,7 +540,9 @@ func (f *facts) stream() step {
 	mixed := f.replayed != nil && f.leftOff() == nil && f.tick.Epoch < f.replayed.Epoch
 	if f.ticked && !mixed {
 		// What may have been a retried event is not taken for one of the slot, which would be lost.
-		s.skip.More = f.tail.Removed - min(f.tail.Removed, f.retriedLast)
+		retried := min(f.tail.Removed, f.retriedLast)
+		s.skip.More = f.tail.Removed - retried
+		s.last.Sequence += retried
 	}
 	commit := s.skip.Through.Commit
 	s.skip.Comes = commit > 0 && commit >= f.slot.ConfirmedFlush && f.record.Epochs.At(commit) == s.skip.Through.Epoch

@@ -180,7 +180,7 @@ func (w *world) begun(tx int) bool {
 		return true
 	}
 	for _, id := range w.transactions[tx] {
-		if slices.ContainsFunc(w.stream, func(m worldMessage) bool { return m.id == id }) || w.forgotten[id] || w.removed[id] {
+		if slices.ContainsFunc(w.stream, func(m worldMessage) bool { return m.id == id }) || w.forgotten[id] || w.removed[id] || w.hasLetter(id) {
 			return true
 		}
 	}
@@ -512,6 +512,9 @@ func (w *world) begin(s step) *session {
 	if newest, ok := w.newest(); ok {
 		if tick = newest; tail.Sequence < tick.StreamSeq || tail.Position.Compare(tick.Position) < 0 {
 			b.at = sink.Progress{Position: tick.Position, Sequence: tick.StreamSeq}
+			if tail.Sequence < tick.StreamSeq {
+				b.at.Sequence = max(tick.StreamSeq, tail.Last)
+			}
 		}
 	}
 	b.behind = b.at.Position
@@ -1043,7 +1046,7 @@ func TestDecisions(t *testing.T) {
 			"": func(*rapid.T) { w.check() },
 		})
 		w.calm = true
-		for range 100 {
+		for range 1000 {
 			if w.advance() {
 				break
 			}

@@ -182,6 +182,9 @@ func TestSkipAmongMessages(t *testing.T) {
 		}
 		return ids, nil
 	}
+	aside := func(place event.Position) func([]byte, event.Position) bool {
+		return func(id []byte, at event.Position) bool { return string(id) == "1:0/10:4" && at == place }
+	}
 	for _, test := range []struct {
 		name string
 		skip Skip
@@ -198,6 +201,10 @@ func TestSkipAmongMessages(t *testing.T) {
 		{"counted", Skip{Through: at(16, 4), Counted: true, Since: at(16, 1), Count: 2}, all[3:], nil},
 		{"counted with the forged one", Skip{Through: at(16, 4), Counted: true, Since: at(16, 1), Count: 3}, nil, ErrCount},
 		{"more", Skip{Through: at(16, 1), More: 2}, all[3:], nil},
+		{"counted without what was set aside", Skip{Through: at(16, 5), Counted: true, Since: at(16, 1), Count: 2, Aside: aside(at(16, 4))}, all[4:], nil},
+		{"set aside in another epoch", Skip{Through: at(16, 5), Counted: true, Since: at(16, 1), Count: 2, Aside: aside(event.Position{Epoch: 2, Commit: 16, Index: 4})},
+			nil, ErrCount},
+		{"what was set aside among more", Skip{Through: at(16, 1), More: 2, Aside: aside(at(16, 4))}, []string{all[2], all[4]}, nil},
 		{"held", Skip{Through: at(16, 1), Held: func(id []byte) bool { return string(id) == "1:0/10:4" || string(id) == "7" }}, all[3:], nil},
 	} {
 		got, err := run(test.skip)

@@ -3,6 +3,7 @@ package sql_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -407,6 +408,109 @@ func TestRowsToRecoverComeInPages(t *testing.T) {
 	}
 	if want := pgtest.Value[[]int64](t, db, "SELECT array_agg(id ORDER BY id) FROM ebb.buffer WHERE topic = 't'"); !slices.Equal(got, want) {
 		t.Errorf("%d rows are to be recovered, want %d", len(got), len(want))
+	}
+}
+
+// letter makes a dead letter of an event.
+func letter(t *testing.T, db *pgtest.Database, id, key, position, state string, more ...string) {
+	t.Helper()
+	columns, values := "", ""
+	for i := 0; i < len(more); i += 2 {
+		columns, values = columns+", "+more[i], values+", "+more[i+1]
+	}
+	db.Exec(t, fmt.Sprintf(`INSERT INTO ebb.dead_letter (slot, event_id, topic, key, payload, content_type, event_time, position, place, epoch, reason, attempts,
+		first_at, last_at, state%s) VALUES ('s', '%s', 't', nullif('%s', ''), '{"a":  1}', 'application/json', now(), '%s', split_part('%[4]s', ':', 2) || ':' || split_part('%[4]s', ':', 3),
+		split_part('%[4]s', ':', 1)::integer, 'x', 1, now(), now(), '%[5]s'%[6]s)`, columns, id, key, position, state, values))
+}
+
+// What is among the dead letters is not recovered, nor missed, whatever has become of it.
+func TestDeadLettersAreNotRecovered(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	conn := db.Connect(t)
+	db.Exec(t, "SELECT ebb.put('t', '{}') FROM generate_series(1, 8)")
+	for i, state := range []string{"parked", "retrying", "delivered", "discarded"} {
+		letter(t, db, fmt.Sprint(2*i+1), "k", fmt.Sprintf("1:0/%X:1", 16*i), state)
+	}
+	slot(t, db, "s", "1")
+	rows, err := sql.RowsToRecover(t.Context(), conn, "s", 0, 1<<20)
+	var got, between []int64
+	for _, row := range rows {
+		got = append(got, row.ID)
+	}
+	want := []int64{2, 4, 6, 8}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("to recover are %v, want %v: %v", got, want, err)
+	}
+	last := pgtest.Value[string](t, db, "SELECT pg_current_snapshot()::text")
+	if err := sql.RowsBetween(t.Context(), conn, "s", "", last, func(id int64) { between = append(between, id) }); err != nil || len(between) != 4 {
+		t.Errorf("to come by are %v, want %v: %v", between, want, err)
+	}
+	if kept, err := sql.KeptOf(t.Context(), conn, "s", []string{"1", "2", "3", "x"}); err != nil || len(kept) != 2 || !kept["1"] || !kept["3"] {
+		t.Errorf("kept are %v: %v", kept, err)
+	}
+	left, err := sql.ReadLeftOut(t.Context(), conn, "s", 0x20)
+	slices.SortFunc(left, func(a, b sql.LeftOut) int { return strings.Compare(a.ID, b.ID) })
+	if want := []sql.LeftOut{{ID: "5", Position: event.Position{Epoch: 1, Commit: 0x20, Index: 1}},
+		{ID: "7", Position: event.Position{Epoch: 1, Commit: 0x30, Index: 1}, Always: true}}; err != nil || !slices.Equal(left, want) {
+		t.Errorf("left out are %+v, want %+v: %v", left, want, err)
+	}
+	letter(t, db, "1:0/70:1", "k", "1:0/70:1", "parked")
+	var payloads []string
+	if err := sql.PositionedPayloads(t.Context(), conn, "s", func(p []byte) { payloads = append(payloads, string(p)) }); err != nil ||
+		!slices.Equal(payloads, []string{`{"a":  1}`}) {
+		t.Errorf("payloads are %q: %v", payloads, err)
+	}
+}
+
+// A destination that has forgotten what it was given from the dead letters is given it again, and in order.
+func TestForgottenRetries(t *testing.T) {
+	db := pgtest.New(t)
+	apply(t, db, setup)
+	conn := db.Connect(t)
+	slot(t, db, "s", "1")
+	r := read(t, conn, "s")
+	at := func(seq int) []string { return []string{"stream_seq", fmt.Sprint(seq), "destination", "'there'"} }
+	letter(t, db, "1", "a", "1:0/10:1", "delivered", at(5)...)
+	letter(t, db, "2", "a", "1:0/10:2", "delivered", at(7)...)
+	letter(t, db, "3", "a", "1:0/10:3", "parked")
+	letter(t, db, "4", "b", "1:0/10:4", "parked", "decided_at", "now()")
+	letter(t, db, "5", "", "2:0/10:5", "retrying")
+	letter(t, db, "6", "", "1:0/10:6", "delivered", "stream_seq", "9", "destination", "'elsewhere'")
+	states := func() string {
+		return pgtest.Value[string](t, db, "SELECT string_agg(event_id || state, ' ' ORDER BY event_id) FROM ebb.dead_letter")
+	}
+	if n, err := sql.RetriedBehind(t.Context(), conn, "s", "there", 6); err != nil || n != 1 {
+		t.Errorf("%d are behind the end: %v", n, err)
+	}
+	if n, err := sql.Retriable(t.Context(), conn, "s", "there", 4, time.Now().Add(-time.Hour)); err != nil || n != 4 {
+		t.Errorf("%d may have been retried: %v", n, err)
+	}
+	if n, err := sql.Retriable(t.Context(), conn, "s", "there", 5, time.Now().Add(time.Hour)); err != nil || n != 2 {
+		t.Errorf("%d may have been retried: %v", n, err)
+	}
+	if err := sql.RetryForgotten(t.Context(), conn, r, "there", 6); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := states(), "1delivered 2retrying 3retrying 4parked 5retrying 6delivered"; got != want {
+		t.Errorf("the letters are %s, want %s", got, want)
+	}
+	// What the destination holds is marked, but for what has come by again in a later epoch.
+	found := []sql.Retried{{ID: "2", Seq: 8, Epoch: 1}, {ID: "4", Seq: 9, Epoch: 3}, {ID: "5", Seq: 10, Epoch: 1}}
+	if err := sql.MarkRetried(t.Context(), conn, r, "there", found); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := states(), "1delivered 2delivered 3retrying 4delivered 5retrying 6delivered"; got != want {
+		t.Errorf("the letters are %s, want %s", got, want)
+	}
+	if _, err := sql.TakeTerm(t.Context(), conn, "s"); err != nil {
+		t.Fatal(err)
+	}
+	if err := sql.RetryForgotten(t.Context(), conn, r, "there", 0); !errors.Is(err, sql.ErrSuperseded) {
+		t.Errorf("in a term that is over: %v", err)
+	}
+	if err := sql.MarkRetried(t.Context(), conn, r, "there", found); !errors.Is(err, sql.ErrSuperseded) {
+		t.Errorf("in a term that is over: %v", err)
 	}
 }
 

@@ -686,7 +686,7 @@ func TestParkingInACluster(t *testing.T) {
 	p := prepare(t, jetstream.Config{
 		Servers: cluster.URLs(), Stream: "EBB", Subject: "ebb.{topic}", Source: "test", CreateStream: true, Replicas: 3, Exclusive: true, Name: "test",
 	})
-	jetstream.SetAckTimeout(p.sink, 2*time.Second)
+	jetstream.SetAckTimeout(p.sink, time.Second)
 	p.dead = newDeadLetters(t)
 	p.resume()
 	p.run()
@@ -701,7 +701,7 @@ func TestParkingInACluster(t *testing.T) {
 		t.Fatal(err)
 	}
 	var retried []string
-	for round := range 3 {
+	for round := range 2 {
 		for i := range 5 {
 			retried = append(retried, fmt.Sprintf("R%d-%d", round, i))
 			retry(p, nil, retried[len(retried)-1][1:])

@@ -177,6 +177,9 @@ func (s *Sink) Resume(ctx context.Context, known sink.Known) (sink.Tail, error) 
 	s.at = sink.Progress{Position: tail.Position, Sequence: tail.Sequence}
 	if tail.Sequence < known.Sequence || tail.Position.Compare(known.Position) < 0 { // the stream has removed what is known
 		s.at = sink.Progress{Position: known.Position, Sequence: known.Sequence}
+		if s.cfg.Exclusive && tail.Sequence < known.Sequence {
+			s.at.Sequence = max(known.Sequence, tail.Last) // and all that came behind it
+		}
 	}
 	s.position = s.at.Position
 	return tail, nil

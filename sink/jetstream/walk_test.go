@@ -171,6 +171,14 @@ func TestWindow(t *testing.T) {
 		var w window
 		var want []string
 		made := 0
+		// handed are all events that were ever added.
+		type windowed struct {
+			keeping *keeping
+			dropped bool
+		}
+		var handed []windowed
+		var keepings []*keeping
+		signal := make(chan struct{}, 1)
 		t.Repeat(map[string]func(*rapid.T){
 			"add": func(t *rapid.T) {
 				b := event.NewBatch()
@@ -178,16 +186,102 @@ func TestWindow(t *testing.T) {
 					id := fmt.Sprint(made)
 					made++
 					b.Events = append(b.Events, event.Event{ID: b.Copy([]byte(id))})
-					want = append(want, id)
+					want, handed = append(want, id), append(handed, windowed{})
 				}
 				w.add(b, nil)
 			},
 			"drop": func(t *rapid.T) {
-				n := rapid.IntRange(0, len(want)).Draw(t, "dropped")
+				n := rapid.IntRange(0, min(len(want), w.before())).Draw(t, "dropped")
 				w.drop(n)
 				want = want[n:]
+				for ; n > 0; n-- {
+					i := slices.IndexFunc(handed, func(h windowed) bool { return h.keeping == nil && !h.dropped })
+					handed[i].dropped = true
+				}
+			},
+			"add some": func(t *rapid.T) {
+				b, k := event.NewBatch(), newKeeping(signal)
+				for range rapid.IntRange(0, 5).Draw(t, "events") {
+					id := fmt.Sprint(made)
+					made++
+					b.Events = append(b.Events, event.Event{ID: b.Copy([]byte(id))})
+				}
+				w.add(b, func(e *event.Event) *keeping {
+					if rapid.Bool().Draw(t, "aside") {
+						k.given++
+						handed = append(handed, windowed{keeping: k})
+						return k
+					}
+					want, handed = append(want, string(e.ID)), append(handed, windowed{})
+					return nil
+				})
+				if k.given > 0 {
+					keepings = append(keepings, k)
+				}
+			},
+			"take": func(t *rapid.T) {
+				var out []int
+				k := newKeeping(signal)
+				k.given = 1
+				pending := 0
+				var left []string
+				for i := range handed {
+					if handed[i].keeping != nil || handed[i].dropped {
+						continue
+					}
+					if rapid.IntRange(0, 2).Draw(t, "taken") == 0 {
+						out = append(out, pending)
+						handed[i].keeping = k
+					} else {
+						left = append(left, want[pending])
+					}
+					pending++
+				}
+				if len(out) > 0 {
+					w.take(out, k)
+					want, keepings = left, append(keepings, k)
+				}
+			},
+			"keep": func(t *rapid.T) {
+				if len(keepings) == 0 {
+					return
+				}
+				k := keepings[rapid.IntRange(0, len(keepings)-1).Draw(t, "kept")]
+				for !k.isKept() {
+					k.done()
+				}
+			},
+			"settle": func(t *rapid.T) {
+				n := w.settle()
+				for ; n > 0; n-- {
+					i := slices.IndexFunc(handed, func(h windowed) bool { return !h.dropped })
+					if handed[i].keeping == nil || !handed[i].keeping.isKept() {
+						t.Fatalf("event %d of those that were handed over is settled", i)
+					}
+					handed[i].dropped = true
+				}
+				if i := slices.IndexFunc(handed, func(h windowed) bool { return !h.dropped }); i >= 0 && handed[i].keeping != nil && handed[i].keeping.isKept() {
+					t.Fatalf("event %d of those that were handed over is not settled", i)
+				}
 			},
 			"": func(t *rapid.T) {
+				before, left := 0, 0
+				for _, h := range handed {
+					if h.keeping != nil && !h.dropped {
+						left++
+					}
+				}
+				for _, h := range handed {
+					if h.keeping != nil && !h.keeping.isKept() {
+						break
+					}
+					if h.keeping == nil && !h.dropped {
+						before++
+					}
+				}
+				if w.before() != before || w.left != left {
+					t.Fatalf("%d events stand before what is not kept, want %d; %d are set aside, want %d", w.before(), before, w.left, left)
+				}
 				var have []string
 				bytes, left := 0, 0
 				for _, e := range w.pending {
