@@ -401,6 +401,13 @@ func (l *lanes) scatter(j *job, now time.Time) {
 	l.unpack(j, 1)
 }
 
+// resend has j, which was cancelled, sent again at once. That says nothing of anything.
+func (l *lanes) resend(j *job, now time.Time) {
+	l.land(j)
+	l.pauseProbes(now, 0)
+	l.again.push(j)
+}
+
 // recall ends a job that is in flight no more, or waits.
 func (l *lanes) recall(j *job, now time.Time) {
 	if j.inFlight {
@@ -447,6 +454,9 @@ func (l *lanes) stuck(now time.Time, last bool) (j *job, more bool, at time.Time
 		return nil, false, time.Time{}
 	}
 	from := j.first
+	if j.failedIn != l.spell {
+		from = j.sent // before, nothing was to be expected
+	}
 	if l.since.After(from) {
 		from = l.since
 	}

@@ -443,6 +443,13 @@ func TestLanes(t *testing.T) {
 				m.t = t
 				m.fail(pick(t, all), rapid.SampledFrom([]time.Duration{0, 0, 5 * time.Second}).Draw(t, "retry after"))
 			},
+			"resend": func(t *rapid.T) {
+				m.t = t
+				j := m.take(pick(t, func(j *job) bool { return m.retryOf(j) == "" }))
+				m.l.resend(j, m.now)
+				m.hurry[j] = true
+				m.held[j] = m.now
+			},
 			"split": func(t *rapid.T) {
 				m.t = t
 				m.l.split(m.take(pick(t, func(j *job) bool { return len(j.parcels) > 1 })), m.now)

@@ -124,12 +124,12 @@ func letters(d *sinktest.DeadLetters) (all []string) {
 
 // TestHostileReceiverParks: whatever a receiver does, and whatever it never takes, each event is delivered or kept, those of a key in order.
 func TestHostileReceiverParks(t *testing.T) {
-	const events, window = 400, 60
+	const events, window = 200, 60
 	refused := map[int]int{0: 400, 1: 413, 2: 301, 3: 422, 4: 404}
 	refuses := func(notes []note) int {
 		for _, c := range notes {
-			if c.N%40 == 17 && c.N <= events {
-				return refused[c.N/40%5]
+			if c.N%20 == 17 && c.N <= events {
+				return refused[c.N/20%5]
 			}
 		}
 		return 0
@@ -197,7 +197,7 @@ func TestHostileReceiverParks(t *testing.T) {
 				}
 				last[key] = n
 			}
-			for n := 17; n <= events; n += 40 {
+			for n := 17; n <= events; n += 20 {
 				if !kept[n] || w.taken[n] {
 					t.Errorf("event %d is kept %v, taken %v", n, kept[n], w.taken[n])
 				}

@@ -225,7 +225,10 @@ func (r *running) settle(o outcome) {
 	case len(j.parcels) == 1 && r.parks(j, f):
 		reason, detail := r.sink.report.why(f)
 		r.park(r.lanes.rejected(j, now), reason, detail, false)
-	case j.aside && !r.lanes.down && r.lanes.tried(j): // else it may be that its connection is dead since the receiver was away
+	case f.cancelled && (r.lanes.down || !r.lanes.tried(j)): // its connection may be dead since the receiver was away
+		j.aside = false
+		r.lanes.resend(j, now)
+	case j.aside && !r.lanes.down:
 		r.giveWay(j, now)
 	case len(j.parcels) > 1 && f.needsSplit(j.attempts, r.lanes.takesOthers(j)):
 		r.sink.report.split(j, f)
