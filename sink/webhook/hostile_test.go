@@ -18,6 +18,7 @@ import (
 
 	"ebb/event"
 	"ebb/sink"
+	"ebb/sink/sinktest"
 )
 
 // note is the payload of the events of this file: which one it is, of all and of its key.
@@ -92,6 +93,7 @@ type witness struct {
 	t      *testing.T
 	window int
 	again  int // how many events behind the newest one of its key may come again: what was in the last request
+	dead   *sinktest.DeadLetters
 
 	mu     sync.Mutex
 	of     map[string]int // the newest event taken of each key
@@ -108,6 +110,7 @@ func newWitness(t *testing.T, window, again int) *witness {
 func (w *witness) arrive(notes []note, take bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.slide()
 	in := map[string]int{}
 	for _, c := range notes {
 		if c.N >= w.oldest+w.window {
@@ -134,7 +137,12 @@ func (w *witness) arrive(notes []note, take bool) {
 		w.taken[c.N] = true
 		w.of[c.Key] = max(w.of[c.Key], c.Of)
 	}
-	for w.taken[w.oldest] {
+	w.slide()
+}
+
+// slide goes past what was taken, or is kept.
+func (w *witness) slide() {
+	for w.taken[w.oldest] || w.dead != nil && w.dead.Has(strconv.Itoa(w.oldest)) {
 		w.oldest++
 	}
 }
@@ -143,7 +151,8 @@ func (w *witness) complete(n int) {
 	w.t.Helper()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.oldest != n+1 || len(w.taken) != n {
+	w.slide()
+	if w.oldest != n+1 || w.dead == nil && len(w.taken) != n {
 		w.t.Errorf("received %d events, and all up to %d, of %d", len(w.taken), w.oldest-1, n)
 	}
 }
@@ -184,6 +193,115 @@ func drip(w http.ResponseWriter, text string) {
 	}
 }
 
+// hostility is a receiver that does all that a receiver can do, at random.
+type hostility struct {
+	t       *testing.T
+	w       *witness
+	refuses func([]note) int // unless nil: the status with which it always answers to these, or 0
+
+	mu          sync.Mutex
+	random      *rand.Rand
+	burst, acts int
+}
+
+func (h *hostility) what() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.burst > 0 {
+		h.burst--
+		return 1
+	}
+	if h.random.IntN(3) > 0 || h.acts > 300 {
+		return 0
+	}
+	h.acts++
+	kind := 1 + h.random.IntN(12)
+	if kind == 1 {
+		h.burst = h.random.IntN(20)
+	}
+	return kind
+}
+
+func (h *hostility) serve(t *testing.T) *httptest.Server {
+	w := h.w
+	stop := make(chan struct{})
+	giant := bytes.Repeat([]byte("x"), 1<<20)
+	server := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/hook" {
+			t.Errorf("a request for %s", r.URL)
+		}
+		kind := h.what()
+		if kind == 2 { // it hangs before it has read anything, so that it does not even see the connection end
+			<-stop
+			return
+		}
+		notes, err := readNotes(r)
+		if err != nil {
+			return // the sink gave up on the request
+		}
+		status := 0
+		if h.refuses != nil {
+			status = h.refuses(notes)
+		}
+		if status != 0 && (kind == 0 || kind >= 8 && kind != 11) {
+			w.arrive(notes, false)
+			rw.Header().Set("Location", "/elsewhere")
+			rw.WriteHeader(status)
+			return
+		}
+		// It has done its work in some cases although the sink does not hear of it.
+		w.arrive(notes, status == 0 && (kind == 0 || kind >= 7))
+		switch kind {
+		case 0:
+			rw.WriteHeader(204)
+		case 1:
+			rw.WriteHeader(500)
+		case 3:
+			rw.Header().Set("Location", "/elsewhere")
+			rw.WriteHeader(301)
+		case 4:
+			rw.Header().Set("Retry-After", "0")
+			rw.WriteHeader(429)
+		case 5:
+			now := time.Now()
+			rw.Header().Set("Date", now.UTC().Format(http.TimeFormat))
+			rw.Header().Set("Retry-After", now.Add(300*time.Millisecond).UTC().Format(http.TimeFormat))
+			rw.WriteHeader(429)
+		case 6:
+			rw.WriteHeader(503)
+			_, _ = rw.Write(giant)
+		case 7:
+			reset(rw, "")
+		case 8:
+			reset(rw, "HTTP/1.1 200 OK\r\nContent-Le")
+		case 9:
+			drip(rw, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+		case 10: // the connection looks as if it could be used again
+			conn, _, err := http.NewResponseController(rw).Hijack()
+			if err != nil {
+				panic(err)
+			}
+			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: keep-alive\r\n\r\n")
+			_ = conn.(*net.TCPConn).CloseWrite()
+			_, _ = io.Copy(io.Discard, conn)
+			conn.Close()
+		case 11: // it hangs when it has done its work
+			select {
+			case <-r.Context().Done():
+			case <-stop:
+			}
+		case 12:
+			rw.WriteHeader(200)
+			_, _ = rw.Write(giant)
+		}
+	}))
+	t.Cleanup(func() {
+		close(stop)
+		server.Close()
+	})
+	return server
+}
+
 // TestHostileReceiver: whatever a receiver does, order per key never breaks, nothing is lost, and the window holds.
 func TestHostileReceiver(t *testing.T) {
 	const events, window = 500, 60
@@ -202,95 +320,13 @@ func TestHostileReceiver(t *testing.T) {
 				again = cfg.Batch
 			}
 			w := newWitness(t, window, again)
-			var mu sync.Mutex
-			burst, hostile := 0, 0
-			what := func() int {
-				mu.Lock()
-				defer mu.Unlock()
-				if burst > 0 {
-					burst--
-					return 1
-				}
-				if random.IntN(3) > 0 || hostile > 300 {
-					return 0
-				}
-				hostile++
-				kind := 1 + random.IntN(12)
-				if kind == 1 {
-					burst = random.IntN(20)
-				}
-				return kind
-			}
-			stop := make(chan struct{})
-			giant := bytes.Repeat([]byte("x"), 1<<20)
-			server := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-				if r.URL.Path != "/hook" {
-					t.Errorf("a request for %s", r.URL)
-				}
-				kind := what()
-				if kind == 2 { // it hangs before it has read anything, so that it does not even see the connection end
-					<-stop
-					return
-				}
-				notes, err := readNotes(r)
-				if err != nil {
-					return // the sink gave up on the request
-				}
-				// It has done its work in some cases although the sink does not hear of it.
-				w.arrive(notes, kind == 0 || kind >= 7)
-				switch kind {
-				case 0:
-					rw.WriteHeader(204)
-				case 1:
-					rw.WriteHeader(500)
-				case 3:
-					rw.Header().Set("Location", "/elsewhere")
-					rw.WriteHeader(301)
-				case 4:
-					rw.Header().Set("Retry-After", "0")
-					rw.WriteHeader(429)
-				case 5:
-					now := time.Now()
-					rw.Header().Set("Date", now.UTC().Format(http.TimeFormat))
-					rw.Header().Set("Retry-After", now.Add(300*time.Millisecond).UTC().Format(http.TimeFormat))
-					rw.WriteHeader(429)
-				case 6:
-					rw.WriteHeader(503)
-					_, _ = rw.Write(giant)
-				case 7:
-					reset(rw, "")
-				case 8:
-					reset(rw, "HTTP/1.1 200 OK\r\nContent-Le")
-				case 9:
-					drip(rw, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
-				case 10: // the connection looks as if it could be used again
-					conn, _, err := http.NewResponseController(rw).Hijack()
-					if err != nil {
-						panic(err)
-					}
-					_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: keep-alive\r\n\r\n")
-					_ = conn.(*net.TCPConn).CloseWrite()
-					_, _ = io.Copy(io.Discard, conn)
-					conn.Close()
-				case 11: // it hangs when it has done its work
-					select {
-					case <-r.Context().Done():
-					case <-stop:
-					}
-				case 12:
-					rw.WriteHeader(200)
-					_, _ = rw.Write(giant)
-				}
-			}))
-			t.Cleanup(func() {
-				close(stop)
-				server.Close()
-			})
+			h := &hostility{t: t, w: w, random: random}
+			server := h.serve(t)
 			cfg := cfg
 			cfg.URL, cfg.Window, cfg.Timeout, cfg.MaxBackoff = server.URL+"/hook", window, 250*time.Millisecond, 20*time.Millisecond
 			deliverNotes(t, open(t, cfg), notes(events, 10, random), events)
 			w.complete(events)
-			t.Logf("%d events, %d received twice, %d acts of hostility", events, w.twice, hostile)
+			t.Logf("%d events, %d received twice, %d acts of hostility", events, w.twice, h.acts)
 		})
 	}
 }

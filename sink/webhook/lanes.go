@@ -16,6 +16,8 @@ type limits struct {
 	// window and bytes are how many events, and how much of them, are taken in from the oldest one on that is not delivered. One is
 	// taken in always.
 	window, bytes int
+	// reserve is how many of the window are taken in only to find out whether the receiver takes any others.
+	reserve int
 	// batch and batchBytes are how much one request carries. One event it carries always.
 	batch, batchBytes int
 	// pause gives the pauses between attempts, probe those between probes of a receiver that is down.
@@ -61,10 +63,10 @@ type job struct {
 	told     bool      // by the receiver, in Retry-After
 	round    uint64    // in which it last failed
 
-	sent, first       time.Time // of the last attempt and the first one
-	firstRound        uint64    // in which it was first sent
-	failed            bool
-	firstFailureRound uint64
+	sent, first time.Time // of the last attempt and the first one
+	firstRound  uint64    // in which it was first sent
+	// failedIn is the spell in which it last failed, and failedRound the round in which it did so for the first time in it.
+	failedIn, failedRound uint64
 
 	// What follows is of those who send it.
 	cancel  func()
@@ -115,6 +117,11 @@ type breaker struct {
 	// succeeded is when a request last did, and usual how long those take that do.
 	succeeded time.Time
 	usual     time.Duration
+	// spell is the round in which the receiver took something again after it had not for a while, which says nothing of what failed before, and since is
+	// when that was. It did not if what was new failed: that is doubts.
+	spell  uint64
+	since  time.Time
+	doubts int
 }
 
 // minStuck is how long a job must have been under way, at least, to count as stuck.
@@ -124,16 +131,20 @@ func newLanes(l limits) *lanes {
 	return &lanes{
 		limits:  l,
 		byKey:   map[string]*lane{},
-		breaker: breaker{round: 1},
+		breaker: breaker{round: 1, spell: 1},
 		fresh:   ordered[*lane]{before: func(a, b *lane) bool { return a.parcels[0].number < b.parcels[0].number }},
 		again:   ordered[*job]{before: func(a, b *job) bool { return a.parcels[0].number < b.parcels[0].number }},
 		waiting: ordered[*job]{before: func(a, b *job) bool { return a.due.Before(b.due) }},
 	}
 }
 
-// room reports whether a parcel of a size may be added.
-func (l *lanes) room(size int) bool {
-	return len(l.queue) == 0 || len(l.queue) < l.window && l.size+size <= l.bytes
+// room reports whether a parcel of a size may be added, if need be from the reserve.
+func (l *lanes) room(size int, need bool) bool {
+	window, bytes := l.window, l.bytes
+	if l.reserve > 0 && !need {
+		window, bytes = window-l.reserve, bytes-bytes/10
+	}
+	return len(l.queue) == 0 || len(l.queue) < window && l.size+size <= bytes
 }
 
 func (l *lanes) empty() bool { return len(l.queue) == 0 }
@@ -283,15 +294,18 @@ func (l *lanes) wake() time.Time {
 // delivered notes that the receiver has j, and returns how many events more are done with all before them, and the last of those.
 func (l *lanes) delivered(j *job, now time.Time) (n int, last *parcel) {
 	l.land(j)
+	took, slow := now.Sub(j.sent), max(minStuck/2, 4*l.usual)
+	again := l.down || l.doubts > 0 || took > slow && now.Sub(l.succeeded) > slow
 	l.round++
-	l.failing, l.failures = 0, 0
+	l.failing, l.failures, l.doubts = 0, 0, 0
 	l.succeeded = now
-	if took := now.Sub(j.sent); l.usual == 0 {
+	if l.usual == 0 {
 		l.usual = took
 	} else {
 		l.usual += (took - l.usual) / 8
 	}
-	if l.down {
+	if again {
+		l.spell, l.since = l.round, now
 		l.down, l.probing, l.probeAt = false, nil, time.Time{}
 		l.hurry()
 	}
@@ -387,6 +401,13 @@ func (l *lanes) scatter(j *job, now time.Time) {
 	l.unpack(j, 1)
 }
 
+// resend has j, which was cancelled, sent again at once. That says nothing of anything.
+func (l *lanes) resend(j *job, now time.Time) {
+	l.land(j)
+	l.pauseProbes(now, 0)
+	l.again.push(j)
+}
+
 // recall ends a job that is in flight no more, or waits.
 func (l *lanes) recall(j *job, now time.Time) {
 	if j.inFlight {
@@ -406,40 +427,58 @@ func (l *lanes) ended(j *job, now time.Time, retryAfter time.Duration) {
 	l.remove(j.parcels[0].lane)
 }
 
-// takesOthers reports whether the receiver has taken something else since j first failed.
-func (l *lanes) takesOthers(j *job) bool { return !l.down && j.failed && l.round > j.firstFailureRound }
+// takesOthers reports whether the receiver has taken something else since j first failed, and nothing new has failed meanwhile.
+func (l *lanes) takesOthers(j *job) bool {
+	return !l.down && j.failedIn == l.spell && l.round > j.failedRound
+}
+
+// tried reports whether j has had an attempt since the receiver takes anything again.
+func (l *lanes) tried(j *job) bool { return !j.sent.Before(l.since) }
 
 // works reports whether the last answer was a success.
 func (l *lanes) works() bool { return !l.down && l.round > 1 && l.failures == 0 }
 
-// stuck returns the job of the oldest event, if that is what holds up all the others: it is under way for long, while the receiver has taken
-// others clearly after it should have taken this one, or all of them. If that is only a matter of time, it returns when it may be. When no more is to
-// come, the receiver cannot prove itself by what comes, and it counts, much later, that it has taken anything at all.
+// stuck says whether the job of the oldest event is what holds up all the others: it is under way for long, while the receiver has taken others
+// clearly after it should have taken this one, or all of them. If that is only a matter of time, it returns when to ask again. If there is nothing to
+// prove it by, one event more is to be added from the reserve. When no more is to come, it counts, much later, that the receiver has taken
+// anything at all.
 //
-// Long is relative: to a receiver that takes its time for every request, a second is nothing. A job that waits holds up nobody while there is work
-// for all requests.
-func (l *lanes) stuck(now time.Time, last bool) (*job, time.Time) {
+// Long is relative: to a receiver that takes its time for every request, a second is nothing. It is about the time since the receiver takes anything
+// at all. A job that waits holds up nobody while there is work for all requests.
+func (l *lanes) stuck(now time.Time, last bool) (j *job, more bool, at time.Time) {
 	if l.down || len(l.queue) == 0 {
-		return nil, time.Time{}
+		return nil, false, time.Time{}
 	}
-	j := l.queue[0].job
-	if j == nil || j.aside || !j.inFlight && l.inFlight >= l.requests {
-		return nil, time.Time{}
+	j = l.queue[0].job
+	if j == nil || j.aside || !j.inFlight && (l.inFlight >= l.requests || !l.tried(j)) {
+		return nil, false, time.Time{}
 	}
-	idle := l.fresh.len() == 0 && l.again.len() == 0
+	from := j.first
+	if j.failedIn != l.spell {
+		from = j.sent // before, nothing was to be expected
+	}
+	if l.since.After(from) {
+		from = l.since
+	}
+	idle := l.fresh.len() == 0 && l.again.len() == 0 && l.inFlight < l.requests
 	alone := idle && l.waiting.len()+l.inFlight == 1
 	long := max(minStuck, 4*l.usual)
 	switch {
-	case l.round > j.firstRound && (alone || l.takesOthers(j) || l.succeeded.Sub(j.first) > 2*l.usual):
-	case last && idle && l.round > 1:
+	case l.round > j.firstRound && (alone || l.takesOthers(j) || l.succeeded.Sub(from) > 2*l.usual):
+	case idle && last && l.round > 1:
 		long *= 10
+	case idle && !last:
+		more = true
 	default:
-		return nil, time.Time{}
+		return nil, false, time.Time{}
 	}
-	if at := j.first.Add(long); now.Before(at) {
-		return nil, at
+	switch at := from.Add(long); {
+	case now.Before(at):
+		return nil, false, at
+	case more:
+		return nil, true, time.Time{}
 	}
-	return j, time.Time{}
+	return j, false, time.Time{}
 }
 
 // hurry has those that wait tried at once, except where the receiver has said when.
@@ -467,8 +506,8 @@ func (l *lanes) failed(j *job, now time.Time, retryAfter time.Duration) time.Dur
 	wait = max(wait, retryAfter)
 	j.due = now.Add(wait)
 	l.waiting.push(j)
-	if !j.failed {
-		j.failed, j.firstFailureRound = true, l.round
+	if j.failedIn != l.spell {
+		j.failedIn, j.failedRound = l.spell, l.round
 	}
 	l.count(j, now, retryAfter)
 	return wait
@@ -492,6 +531,9 @@ func (l *lanes) unpack(j *job, most int) {
 func (l *lanes) count(j *job, now time.Time, retryAfter time.Duration) {
 	l.land(j)
 	l.failures++
+	if j.attempts == 1 {
+		l.doubts++
+	}
 	if j.round != l.round {
 		j.round = l.round
 		l.failing++

@@ -24,6 +24,7 @@ type running struct {
 	open      bool         // there may be more batches
 	batch     *event.Batch // of which some events are not taken in yet
 	taken     int          // how many are
+	more      bool         // one is to be taken in from the reserve
 	buf       []byte
 	rejection *sink.RejectedError
 
@@ -73,8 +74,12 @@ func (k *keeping) take() []*parcel {
 }
 
 func newRunning(s *Sink, out sink.Outcome) *running {
+	limits := s.limits
+	if out.Parks() {
+		limits.reserve = min(limits.window/10, 2*breakAfter)
+	}
 	return &running{
-		sink: s, lanes: newLanes(s.limits), out: out, outcomes: make(chan outcome, s.limits.requests), kept: keeping{ready: make(chan struct{}, 1)},
+		sink: s, lanes: newLanes(limits), out: out, outcomes: make(chan outcome, s.limits.requests), kept: keeping{ready: make(chan struct{}, 1)},
 		open: true, retries: map[*lane]*retry{},
 	}
 }
@@ -169,9 +174,10 @@ func (r *running) take() {
 			return
 		}
 		e := &r.batch.Events[r.taken]
-		if !r.lanes.room(e.Size()) {
+		if !r.lanes.room(e.Size(), r.more) {
 			return
 		}
+		r.more = false
 		r.taken++
 		p := &parcel{position: e.Position, size: e.Size()}
 		if r.out.Dead != nil && r.out.Dead.Queue(e, func() { r.kept.add(p) }) {
@@ -219,6 +225,9 @@ func (r *running) settle(o outcome) {
 	case len(j.parcels) == 1 && r.parks(j, f):
 		reason, detail := r.sink.report.why(f)
 		r.park(r.lanes.rejected(j, now), reason, detail, false)
+	case f.cancelled && (r.lanes.down || !r.lanes.tried(j)): // its connection may be dead since the receiver was away
+		j.aside = false
+		r.lanes.resend(j, now)
 	case j.aside && !r.lanes.down:
 		r.giveWay(j, now)
 	case len(j.parcels) > 1 && f.needsSplit(j.attempts, r.lanes.takesOthers(j)):
@@ -283,8 +292,11 @@ func (r *running) setAside() (acted bool, at time.Time) {
 		return false, time.Time{}
 	}
 	now := time.Now()
-	j, at := r.lanes.stuck(now, !r.open)
+	j, more, at := r.lanes.stuck(now, !r.open && r.batch == nil)
 	switch {
+	case more && r.lanes.room(r.batch.Events[r.taken].Size(), true):
+		r.more = true
+		return true, time.Time{}
 	case j == nil:
 		return false, at
 	case j.inFlight: // and is settled when that has ended
