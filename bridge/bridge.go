@@ -46,7 +46,8 @@ type Config struct {
 	// database does not have. AcceptGap says that what the destination has forgotten, and the buffer does not have any more, may be missing.
 	Adopt, AcceptGap bool
 
-	// Block says that an event which the destination rejects holds up what is behind it, instead of being parked.
+	// Block says that an event that the sink cannot deliver holds up those behind it, and is not set aside in the dead letters. What is there already
+	// is delivered from there nevertheless.
 	Block bool
 
 	// OnRole, unless nil, is told which role the bridge has now.
