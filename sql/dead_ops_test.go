@@ -333,7 +333,7 @@ func TestDeadOperatorsAgainstTheBridge(t *testing.T) {
 		switch random.IntN(5) {
 		case 0, 1: // puts a letter behind the queue
 			return exec(conn, `INSERT INTO ebb.dead_letter (slot, event_id, topic, key, content_type, event_time, position, place, epoch, reason, attempts, first_at, last_at, state)
-				SELECT 's', gen_random_uuid(), 't', $1, '', now(), '', '', 1, CASE WHEN state IS NULL THEN 'rejected' ELSE 'queued' END, 0, now(), now(), coalesce(state, 'parked')
+				SELECT 's', gen_random_uuid(), 't', $1, '', now(), '1:0/10:1', '0/10:1', 1, CASE WHEN state IS NULL THEN 'rejected' ELSE 'queued' END, 0, now(), now(), coalesce(state, 'parked')
 				FROM (SELECT (SELECT state FROM ebb.dead_letter WHERE slot = 's' AND key = $1 AND state IN ('parked', 'retrying') LIMIT 1)) queue`, key)
 		case 2: // parks the queue again
 			return exec(conn, `UPDATE ebb.dead_letter SET state = 'parked', reason = CASE WHEN number = queue.head THEN 'rejected' ELSE reason END
