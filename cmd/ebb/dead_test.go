@@ -195,7 +195,7 @@ a1     t.a    order-7  parked    rejected  1         2026-01-01T00:00:00Z  2026-
 	}
 
 	s.db.Exec(t, fmt.Sprintf(`INSERT INTO ebb.dead_letter (slot, event_id, topic, key, payload_bytes, content_type, event_time, position, place, epoch, reason, attempts, first_at, last_at, state)
-		SELECT '%s', 'n' || n, 't', E'\x1b[31m' || repeat('k', 100), '\xff00', 'x/y', now(), 'p', 'p', 1, 'rejected', 1, now(), now(), 'parked' FROM generate_series(1, 100) n`, s.db.Name))
+		SELECT '%s', 'n' || n, 't', E'\x1b[31m' || repeat('k', 100), '\xff00', 'x/y', now(), '1:0/10:1', '0/10:1', 1, 'rejected', 1, now(), now(), 'parked' FROM generate_series(1, 100) n`, s.db.Name))
 	// JSON is not cut short unless that is asked for.
 	all := records(t, s.dead(t, "list", "--each", "--json").must(t).stdout)
 	if len(all) != 104 || len(records(t, s.dead(t, "list", "--each", "--json", "--limit", "7").must(t).stdout)) != 7 {

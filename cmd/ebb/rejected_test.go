@@ -11,12 +11,12 @@ import (
 	"ebb/internal/pgtest"
 )
 
-// TestMessageThatIsTooLarge: what cannot be delivered stops the bridge, and nothing is confirmed past it.
+// TestMessageThatIsTooLarge: what cannot be delivered stops a bridge that is not to park it, and nothing is confirmed past it.
 func TestMessageThatIsTooLarge(t *testing.T) {
 	maxPayload := int32(64 << 10)
 	broker := natstest.New(t, natstest.Adjust(func(o *natsd.Options) { o.MaxPayload = maxPayload }))
 	db := pgtest.New(t)
-	s := newSite(t, db, broker.URL())
+	s := newSite(t, db, broker.URL(), "nats: {on_reject: block}")
 	s.setup(t)
 	witness := s.witness(t)
 
