@@ -117,7 +117,7 @@ func (a *pipeline) publish(e *event.Event, at event.Position) error {
 	switch {
 	case errors.Is(err, nats.ErrMaxPayload):
 		return reject(e, reasonMaxPayload, fmt.Errorf("its %d bytes and its headers are more than the "+
-			"server's max_payload of %d: raise it there and start ebb run again: %w", len(e.Payload), a.way.nc.MaxPayload(), err))
+			"server's max_payload of %d: raise it there and try again: %w", len(e.Payload), a.way.nc.MaxPayload(), err))
 	case errors.Is(err, cloudevent.ErrHeader):
 		return reject(e, reasonHeader, err)
 	case err != nil:

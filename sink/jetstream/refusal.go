@@ -59,7 +59,7 @@ func headersTooLarge(e *event.Event, err error) *rejection {
 }
 
 func messageTooLarge(e *event.Event, err error) *rejection {
-	return reject(e, reasonMaxMsgSize, fmt.Errorf("it is larger than the stream's max_msg_size: raise that and start ebb run again: %w", err))
+	return reject(e, reasonMaxMsgSize, fmt.Errorf("it is larger than the stream's max_msg_size: raise that and try again: %w", err))
 }
 
 // checkSize rejects a message that the stream would refuse. A refusal comes when the messages behind it are on their way already, which name another
