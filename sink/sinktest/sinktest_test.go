@@ -49,6 +49,13 @@ func TestRunFindsFaults(t *testing.T) {
 		{"skips rejected events", "rejected"},
 		{"forgets its tail", "killed"},
 		{"says what it did not deliver when it is stopped", "cancelled_while_broken"},
+		{"delivers what is held", "parked"},
+		{"parks without what is behind", "parked"},
+		{"says too early that something is kept", "kept_late"},
+		{"parks though it is to block", "blocked"},
+		{"retries at the event's own position", "retried"},
+		{"goes on behind a retry that failed", "retried"},
+		{"leaves a retry behind", "cancelled_while_retried"},
 	} {
 		t.Run(c.fault, func(t *testing.T) {
 			t.Parallel()
@@ -101,6 +108,7 @@ func memoryHarness(fault string) sinktest.Harness {
 		},
 		Resumes:     true,
 		ExactlyOnce: true,
+		Parks:       true,
 	}
 }
 
@@ -144,6 +152,10 @@ func (s *memorySink) Run(ctx context.Context, in <-chan *event.Batch, out sink.O
 	if s.fault == "deaf to its context" {
 		ctx = context.WithoutCancel(ctx)
 	}
+	var retries <-chan *sink.Retry
+	if out.Dead != nil {
+		retries = out.Dead.Retries()
+	}
 	for {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -151,6 +163,12 @@ func (s *memorySink) Run(ctx context.Context, in <-chan *event.Batch, out sink.O
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case r := <-retries:
+			n, failure := s.retry(ctx, r.Batch)
+			r.Batch.Release()
+			if ctx.Err() == nil || s.fault != "leaves a retry behind" {
+				r.Done(n, 0, failure)
+			}
 		case batch, ok := <-in:
 			if !ok {
 				return nil
@@ -166,7 +184,7 @@ func (s *memorySink) Run(ctx context.Context, in <-chan *event.Batch, out sink.O
 				if s.fault == "drops the last" && events[i].Position.Index > 4 {
 					continue
 				}
-				if err := s.deliver(ctx, &events[i], out.Delivered); err != nil {
+				if err := s.deliverOrKeep(ctx, &events[i], out); err != nil {
 					return err
 				}
 			}
@@ -175,6 +193,61 @@ func (s *memorySink) Run(ctx context.Context, in <-chan *event.Batch, out sink.O
 			}
 		}
 	}
+}
+
+// deliverOrKeep waits until the event is kept, if it is not to be delivered.
+func (s *memorySink) deliverOrKeep(ctx context.Context, e *event.Event, out sink.Outcome) error {
+	done := make(chan struct{})
+	kept := func() { close(done) }
+	if out.Dead == nil || s.fault == "delivers what is held" || !out.Dead.Queue(e, kept) {
+		err := s.deliver(ctx, e, out.Delivered)
+		var rejection *sink.RejectedError
+		if !errors.As(err, &rejection) || !out.Parks() && (out.Dead == nil || s.fault != "parks though it is to block") {
+			return err
+		}
+		letter := sink.Letter{Event: e, Reason: "header", Detail: rejection.Error()}
+		if s.fault == "parks without what is behind" {
+			letter.Event = &event.Event{ID: e.ID, Position: e.Position}
+		}
+		out.Dead.Park([]sink.Letter{letter}, kept)
+	}
+	if s.fault != "says too early that something is kept" {
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	s.memory.mu.Lock()
+	p := sink.Progress{Events: 1}
+	if n := len(s.memory.messages); n > 0 {
+		p.Position = s.memory.messages[n-1].Position
+	}
+	s.memory.mu.Unlock()
+	out.Delivered(p)
+	return nil
+}
+
+// retry delivers events at the position of the last one, up to the first that fails.
+func (s *memorySink) retry(ctx context.Context, b *event.Batch) (n int, failure *sink.Failure) {
+	for i := range b.Events {
+		e := b.Events[i]
+		s.memory.mu.Lock()
+		if last := len(s.memory.messages) - 1; s.fault != "retries at the event's own position" && last >= 0 {
+			e.Position = s.memory.messages[last].Position
+		}
+		s.memory.mu.Unlock()
+		err := s.deliver(ctx, &e, func(sink.Progress) {})
+		switch {
+		case ctx.Err() != nil:
+			return n, nil
+		case err == nil:
+			n++
+		case s.fault != "goes on behind a retry that failed":
+			return n, &sink.Failure{Rejected: true, Reason: "header", Detail: err.Error()}
+		}
+	}
+	return n, failure
 }
 
 func (s *memorySink) deliver(ctx context.Context, e *event.Event, delivered sink.Delivered) error {
