@@ -54,8 +54,10 @@ func (f *facts) isResetForReplay() bool {
 // resetTo returns how far the trailing slot may have come for the slot to be copied from it. It may be another one than when that was decided.
 func (f *facts) resetTo() event.LSN {
 	switch {
-	case f.isResetForReplay():
+	case f.isResetForReplay() && (f.usable() || f.trailIsHeld()):
 		return f.replayed.From
+	case f.isResetForReplay(): // the slot may have stood further back than the trailing one, and held what that does not
+		return min(f.replayed.From, f.newest.LSN)
 	case f.record.MadeBecause == becauseRenewed, f.trailIsHeld():
 		return math.MaxUint64
 	}
