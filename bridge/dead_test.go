@@ -142,7 +142,9 @@ func TestUnparkedUnderLoad(t *testing.T) {
 				s.refuse(nil, nil)
 			}
 			f.retryAll()
-			s.await(t, s.count()+10)
+			if i%3 == 2 { // otherwise all keys may be held
+				s.await(t, s.count()+10)
+			}
 		}
 		stop()
 		s.refuse(nil, nil)
