@@ -122,6 +122,8 @@ type breaker struct {
 	spell  uint64
 	since  time.Time
 	doubts int
+	// asked is when one was last wanted from the reserve.
+	asked time.Time
 }
 
 // minStuck is how long a job must have been under way, at least, to count as stuck.
@@ -472,10 +474,14 @@ func (l *lanes) stuck(now time.Time, last bool) (j *job, more bool, at time.Time
 	default:
 		return nil, false, time.Time{}
 	}
+	if more && l.asked.After(from) {
+		from = l.asked // and its answer is still to come, or it was behind what is stuck itself
+	}
 	switch at := from.Add(long); {
 	case now.Before(at):
 		return nil, false, at
 	case more:
+		l.asked = now
 		return nil, true, time.Time{}
 	}
 	return j, false, time.Time{}
