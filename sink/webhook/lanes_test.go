@@ -637,10 +637,13 @@ func TestStuck(t *testing.T) {
 
 	l := open(2, "abbb") // a hangs, and the others are taken
 	a := send(l, 0)
-	for ms := range 3 {
-		l.delivered(send(l, ms), at(ms+1))
+	l.delivered(send(l, 0), at(1))
+	l.delivered(send(l, 300), at(301)) // which was sent too early to prove anything
+	if j, more, again := l.stuck(at(400), false); j != nil || more || !again.IsZero() {
+		t.Errorf("stuck %v, more %v, again at %v", j, more, again)
 	}
-	expect(l, 10, nil, at(1000))
+	l.delivered(send(l, 600), at(601))
+	expect(l, 602, nil, at(1000))
 	expect(l, 1000, a, none)
 
 	l = open(2, "abc") // all hang at once, although one was taken before
