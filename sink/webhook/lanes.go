@@ -64,9 +64,9 @@ type job struct {
 	round    uint64    // in which it last failed
 
 	sent, first time.Time // of the last attempt and the first one
-	firstRound  uint64    // in which it was first sent
-	// failedIn is the spell in which it last failed, and failedRound the round in which it did so for the first time in it.
-	failedIn, failedRound uint64
+	// failedIn is the spell in which it last failed, and failedAt when it did so for the first time in it.
+	failedIn uint64
+	failedAt time.Time
 
 	// What follows is of those who send it.
 	cancel  func()
@@ -114,14 +114,16 @@ type breaker struct {
 	probeFresh bool
 	// failures is how many attempts failed in this round.
 	failures int
-	// succeeded is when a request last did, and usual how long those take that do.
-	succeeded time.Time
-	usual     time.Duration
+	// succeeded is when a request last did, taken when the latest one of those that did was sent, and usual how long they take.
+	succeeded, taken time.Time
+	usual            time.Duration
 	// spell is the round in which the receiver took something again after it had not for a while, which says nothing of what failed before, and since is
 	// when that was. It did not if what was new failed: that is doubts.
 	spell  uint64
 	since  time.Time
 	doubts int
+	// asked is when one was last wanted from the reserve.
+	asked time.Time
 }
 
 // minStuck is how long a job must have been under way, at least, to count as stuck.
@@ -216,7 +218,7 @@ func (l *lanes) next(now time.Time) *job {
 	j.attempts++
 	j.inFlight, j.sent = true, now
 	if j.attempts == 1 {
-		j.first, j.firstRound = now, l.round
+		j.first = now
 	}
 	for _, p := range j.parcels {
 		if p.attempts++; p.attempts == 1 {
@@ -299,6 +301,9 @@ func (l *lanes) delivered(j *job, now time.Time) (n int, last *parcel) {
 	l.round++
 	l.failing, l.failures, l.doubts = 0, 0, 0
 	l.succeeded = now
+	if j.sent.After(l.taken) {
+		l.taken = j.sent
+	}
 	if l.usual == 0 {
 		l.usual = took
 	} else {
@@ -427,9 +432,9 @@ func (l *lanes) ended(j *job, now time.Time, retryAfter time.Duration) {
 	l.remove(j.parcels[0].lane)
 }
 
-// takesOthers reports whether the receiver has taken something else since j first failed, and nothing new has failed meanwhile.
+// takesOthers reports whether the receiver has taken something that was sent after j had failed, and nothing new has failed meanwhile.
 func (l *lanes) takesOthers(j *job) bool {
-	return !l.down && j.failedIn == l.spell && l.round > j.failedRound
+	return !l.down && j.failedIn == l.spell && l.taken.After(j.failedAt)
 }
 
 // tried reports whether j has had an attempt since the receiver takes anything again.
@@ -438,8 +443,8 @@ func (l *lanes) tried(j *job) bool { return !j.sent.Before(l.since) }
 // works reports whether the last answer was a success.
 func (l *lanes) works() bool { return !l.down && l.round > 1 && l.failures == 0 }
 
-// stuck says whether the job of the oldest event is what holds up all the others: it is under way for long, while the receiver has taken others
-// clearly after it should have taken this one, or all of them. If that is only a matter of time, it returns when to ask again. If there is nothing to
+// stuck says whether the job of the oldest event is what holds up all the others: it is under way for long, while the receiver has taken others that
+// were sent clearly after it should have taken this one, or all of them. If that is only a matter of time, it returns when to ask again. If there is nothing to
 // prove it by, one event more is to be added from the reserve. When no more is to come, it counts, much later, that the receiver has taken
 // anything at all.
 //
@@ -464,7 +469,7 @@ func (l *lanes) stuck(now time.Time, last bool) (j *job, more bool, at time.Time
 	alone := idle && l.waiting.len()+l.inFlight == 1
 	long := max(minStuck, 4*l.usual)
 	switch {
-	case l.round > j.firstRound && (alone || l.takesOthers(j) || l.succeeded.Sub(from) > 2*l.usual):
+	case alone && l.taken.After(j.first), l.takesOthers(j), l.taken.Sub(from) > long/2:
 	case idle && last && l.round > 1:
 		long *= 10
 	case idle && !last:
@@ -472,10 +477,14 @@ func (l *lanes) stuck(now time.Time, last bool) (j *job, more bool, at time.Time
 	default:
 		return nil, false, time.Time{}
 	}
+	if more && l.asked.After(from) {
+		from = l.asked // and its answer is still to come, or it was behind what is stuck itself
+	}
 	switch at := from.Add(long); {
 	case now.Before(at):
 		return nil, false, at
 	case more:
+		l.asked = now
 		return nil, true, time.Time{}
 	}
 	return j, false, time.Time{}
@@ -507,7 +516,7 @@ func (l *lanes) failed(j *job, now time.Time, retryAfter time.Duration) time.Dur
 	j.due = now.Add(wait)
 	l.waiting.push(j)
 	if j.failedIn != l.spell {
-		j.failedIn, j.failedRound = l.spell, l.round
+		j.failedIn, j.failedAt = l.spell, now
 	}
 	l.count(j, now, retryAfter)
 	return wait

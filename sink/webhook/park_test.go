@@ -3,6 +3,7 @@ package webhook
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -411,6 +412,9 @@ func TestNothingIsSetAsideWhenDown(t *testing.T) {
 			"moved":    func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(301) },
 		} {
 			for _, keys := range []int{3, 50} {
+				if format == Batch && keys == 3 {
+					continue
+				}
 				server := serve(t, func(w http.ResponseWriter, r *http.Request) {
 					_, _ = io.Copy(io.Discard, r.Body)
 					if down.Load() {
@@ -711,7 +715,9 @@ func TestMemory(t *testing.T) {
 				t.Logf("%d events take %d KB", window, grown>>10)
 			}
 			cancel()
-			<-ended
+			if err := <-ended; !errors.Is(err, context.Canceled) {
+				t.Errorf("run: %v", err)
+			}
 		})
 	}
 }
