@@ -94,7 +94,12 @@ type keptStream struct {
 	// from is where it begins.
 	from    event.LSN
 	tracker *tracker
+	// after is up to where events are to be delivered before anything is retried. In a destination in which each message names the one before it, those
+	// that another bridge has sent may still arrive, or may not: they are to be found in the places where that has put them.
+	after event.LSN
 }
+
+func (s *keptStream) allowsRetries() bool { return s.tracker.snapshot().write >= s.after }
 
 // letter is one that waits for its commit.
 type letter struct {
@@ -184,16 +189,12 @@ func newDeadLetters(cfg *Config) *deadLetters {
 
 // open reads which keys are held, and starts the goroutine, whose error it hands to fail. The term has been taken: nobody else writes any more.
 func (d *deadLetters) open(ctx context.Context, db *pgxConn, record sql.SlotRecord, fail func(error)) error {
-	held, err := sql.HeldKeys(ctx, db, record.Name)
-	if err != nil {
+	d.db, d.record = db, record
+	if err := d.holdKeys(ctx, db); err != nil {
 		return err
 	}
-	d.db, d.record = db, record
-	for _, h := range held {
-		d.hold(h.Key)
-	}
-	if len(held) > 0 {
-		d.cfg.Logger.Info("events of some keys are held in the dead letters; see ebb dead list", "slot", record.Name, "keys", len(held))
+	if n := len(d.held); n > 0 {
+		d.cfg.Logger.Info("events of some keys are held in the dead letters; see ebb dead list", "slot", record.Name, "keys", n)
 	}
 	go func() {
 		defer close(d.done)
@@ -226,6 +227,20 @@ func (l *leader) openDead(ctx context.Context, cancel context.CancelCauseFunc) (
 		<-l.dead.done
 		closeQuietly(db)
 	}, nil
+}
+
+// holdKeys holds the keys that have a queue in the table.
+func (d *deadLetters) holdKeys(ctx context.Context, db *pgxConn) error {
+	held, err := sql.HeldKeys(ctx, db, d.cfg.Slot)
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, h := range held {
+		d.hold(h.Key)
+	}
+	return nil
 }
 
 // setRecord is called when the record has another term.
@@ -443,9 +458,13 @@ func (d *deadLetters) run(ctx context.Context) error {
 					return err
 				}
 			}
-			var err error
-			if next, err = d.retry(ctx, &w); err != nil {
-				return err
+			if w.stream.allowsRetries() {
+				var err error
+				if next, err = d.retry(ctx, &w); err != nil {
+					return err
+				}
+			} else {
+				next = time.Now().Add(caughtUpPoll)
 			}
 			if err := d.collect(ctx, &w); err != nil {
 				return err
@@ -613,8 +632,8 @@ func (d *deadLetters) settle(ctx context.Context, w *work) error {
 		case f.Rejected && q.key == nil:
 			delete(d.alone, q.number)
 			continue
-		case f.Rejected:
-			q.parked, q.wait, q.most = true, nil, 1
+		case f.Rejected: // and parked, unless it was discarded meanwhile: the table tells
+			q.wait, q.due, q.most = nil, time.Now(), 1
 		default:
 			q.due, q.most = d.afterWait(q, f.After), 1
 		}
@@ -803,7 +822,7 @@ func (d *deadLetters) collect(ctx context.Context, w *work) error {
 
 // readDead finds out, before a stream starts, which of the kept events are delivered, and which may come by again.
 func (l *leader) readDead(ctx context.Context) (map[string]passedEvent, error) {
-	if err := l.findRetried(ctx, l.recorded, l.holds); err != nil {
+	if err := l.findRetried(ctx, l.recorded); err != nil {
 		return nil, err
 	}
 	passed := map[string]passedEvent{}
@@ -818,27 +837,23 @@ func (l *leader) readDead(ctx context.Context) (map[string]passedEvent, error) {
 	return passed, err
 }
 
-// findRetried finds out what a destination that can tell has of the kept events, in messages behind a sequence number, without that it is recorded;
-// and what it has forgotten, as it ends at another one, that is. A tick was stored only when the outcome of every retry before it was, so that these
-// are behind the newest one.
-func (l *leader) findRetried(ctx context.Context, after, holds uint64) error {
+// findRetried finds out what a destination that can tell has of the kept events, in messages behind a sequence number, without that it is recorded. A
+// tick was stored only when the outcome of every retry before it was, so that these are behind the newest one.
+func (l *leader) findRetried(ctx context.Context, after uint64) error {
 	scanner, ok := l.Sink.(sink.Scanner)
 	if !ok {
 		return nil
-	}
-	if err := sql.StoreForgotten(ctx, l.db, l.record, l.Destination, holds); err != nil {
-		return err
 	}
 	waits, err := sql.HasLetters(ctx, l.db, l.Slot)
 	if !waits || err != nil {
 		return err
 	}
-	var found []sql.FoundLetter
+	var found []sql.Retried
 	store := func() error {
 		if len(found) == 0 {
 			return nil
 		}
-		err := sql.StoreFound(ctx, l.db, l.record, l.Destination, found)
+		err := sql.MarkRetried(ctx, l.db, l.record, l.Destination, found)
 		found = found[:0]
 		return err
 	}
@@ -846,7 +861,7 @@ func (l *leader) findRetried(ctx context.Context, after, holds uint64) error {
 		if m.Origin != event.Retried {
 			return nil
 		}
-		found = append(found, sql.FoundLetter{ID: string(m.ID), Seq: m.Sequence, Epoch: m.Position.Epoch})
+		found = append(found, sql.Retried{ID: string(m.ID), Seq: m.Sequence, Epoch: m.Position.Epoch})
 		if len(found) < foundAtOnce {
 			return nil
 		}

@@ -63,7 +63,16 @@ func (s *parkingSink) Resume(ctx context.Context, known sink.Known) (sink.Tail, 
 		return sink.Tail{Position: known.Position}, nil
 	}
 	tail, err := s.testSink.Resume(ctx, known)
-	tail.Exclusive = false // and so known by ids
+	s.testSink.mu.Lock()
+	defer s.testSink.mu.Unlock()
+	for i := range s.events {
+		if e := &s.events[i]; uint64(i) >= known.Sequence && e.Origin == event.Retried {
+			tail.Retried++
+		}
+	}
+	if n := len(s.events); n > 0 {
+		tail.Origin = s.events[n-1].Origin
+	}
 	return tail, err
 }
 

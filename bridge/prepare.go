@@ -28,7 +28,7 @@ func (l *leader) prepare(ctx context.Context) (step, error) {
 		if s.action == actStream {
 			l.sayForeign(f)
 			l.slot, l.before = f.slot, f.newest.Events
-			l.holds, l.recorded = f.tail.Holds, f.tick.StreamSeq
+			l.recorded = f.tick.StreamSeq
 			if l.replay = f.replayed; l.replay != nil && l.replay.State != sql.ReplayRunning {
 				l.replay = nil
 			}
@@ -69,7 +69,10 @@ func (l *leader) act(ctx context.Context, f *facts, s step) error {
 		return sql.Rewind(ctx, l.db, l.record, s.tick, s.slotHolds, s.reset, s.because)
 	case actRetry:
 		l.Logger.Warn("the stream has forgotten events that were retried; they are retried again", "because", s.why)
-		return sql.RetryForgotten(ctx, l.db, l.record, l.Destination, f.tail.Holds)
+		if err := sql.RetryForgotten(ctx, l.db, l.record, l.Destination, f.tail.Holds); err != nil {
+			return err
+		}
+		return l.dead.holdKeys(ctx, l.db) // before anything of theirs comes by
 	case actReset:
 		l.Logger.Warn("the slot is to be made anew from the trailing one", "slot", l.Slot, "because", s.why)
 		return sql.BeginReset(ctx, l.db, l.record, s.why)
@@ -288,22 +291,20 @@ func (l *leader) lookAtRetried(ctx context.Context, f *facts) error {
 
 // asideBehind returns a function that tells the events of transactions behind an LSN which were set aside, or nil if there are none.
 func (l *leader) asideBehind(ctx context.Context, from event.LSN) (func(id []byte, at event.Position) bool, error) {
-	left, err := sql.ReadLeftOut(ctx, l.db, l.Slot, from)
-	if err != nil || len(left) == 0 {
-		return nil, err
-	}
 	// Rows that were recovered share a place.
-	places := make(map[event.Position][]sql.LeftOut, len(left))
-	for _, e := range left {
+	places := map[event.Position][]sql.PassedLetter{}
+	if err := sql.PassedLetters(ctx, l.db, l.Slot, from, false, func(e sql.PassedLetter) {
 		place := e.Position
 		place.Epoch = 0
 		places[place] = append(places[place], e)
+	}); err != nil || len(places) == 0 {
+		return nil, err
 	}
 	return func(id []byte, at event.Position) bool {
 		place := at
 		place.Epoch = 0
 		for _, e := range places[place] {
-			if e.ID == string(id) && (e.Always || e.Position.Epoch == at.Epoch) {
+			if e.ID == string(id) && (e.Discarded || e.Position.Epoch == at.Epoch) {
 				return true
 			}
 		}

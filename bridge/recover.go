@@ -30,10 +30,6 @@ func (l *leader) recover(ctx context.Context, f *facts) error {
 			return err
 		}
 	}
-	// The tick with which the recovery ends is behind what was retried before.
-	if err := l.findRetried(ctx, f.tick.StreamSeq, f.tail.Holds); err != nil {
-		return err
-	}
 	if l.record.Destination != l.Destination {
 		if err := sql.BeginRecovery(ctx, l.db, l.record, l.Destination, f.tail.Last); err != nil {
 			return err
@@ -105,9 +101,6 @@ func (r *recovery) resume(ctx context.Context) error {
 	case tail.Last > r.seq:
 		// What the leader before this one had sent off has arrived only now.
 		if err := r.l.addHeld(ctx, r.held, r.seq); err != nil {
-			return err
-		}
-		if err := r.l.findRetried(ctx, r.seq, tail.Holds); err != nil {
 			return err
 		}
 		r.seq = tail.Last

@@ -153,9 +153,11 @@ func ReadStatus(ctx context.Context, db *pgxConn, slotName string) (_ *Status, e
 	}
 	s.Backlog = BacklogStatus{Events: backlog.Events, Estimated: backlog.Estimated, OldestAgeSeconds: backlog.OldestAge.Seconds()}
 	s.LagSeconds = s.Backlog.OldestAgeSeconds
-	if s.DeadLetters, err = sql.CountLetters(ctx, db, slotName); err != nil {
+	parked, retrying, err := sql.CountDead(ctx, db, slotName)
+	if err != nil {
 		return nil, err
 	}
+	s.DeadLetters = parked + retrying
 	led, err := sql.HasLeader(ctx, db, slotName)
 	if err != nil {
 		return nil, err

@@ -59,9 +59,9 @@ type leader struct {
 	replayed atomic.Int64
 	// witness, unless nil, sees what comes by, because the slot may not be the one that ebb has made.
 	witness *witness
-	// dead are the dead letters. Holds and recorded are where the destination ends, and up to where a tick knows what it holds, as sequence numbers.
-	dead            *deadLetters
-	holds, recorded uint64
+	dead    *deadLetters
+	// recorded is up to where a tick knows what the destination holds, as a sequence number.
+	recorded uint64
 	// regulator is used by the ticks.
 	regulator regulator
 	// skipped is how many of the events that the sink has already were left out so far.
@@ -96,7 +96,13 @@ func (l *leader) start(ctx context.Context, s step, passed map[string]passedEven
 	l.decoder = decode.New(cfg)
 	_, remembers := l.Sink.(sink.Scanner)
 	l.tracker = newTracker(l.slot.ConfirmedFlush, s.last, remembers)
-	l.dead.begin(&keptStream{from: l.slot.ConfirmedFlush, tracker: l.tracker}, passed)
+	kept := &keptStream{from: l.slot.ConfirmedFlush, tracker: l.tracker}
+	if remembers {
+		if kept.after, err = sql.FlushedLSN(ctx, l.db); err != nil {
+			return err
+		}
+	}
+	l.dead.begin(kept, passed)
 	return nil
 }
 

@@ -127,7 +127,9 @@ func (t *tracker) deliver(p sink.Progress) confirmation {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.delivered += uint64(p.Events)
-	t.last = p
+	if p.Position.Compare(t.last.Position) >= 0 { // of events that are all set aside, the sink says what it delivered before what was left out
+		t.last = p
+	}
 	t.wake()
 	return t.advance()
 }

@@ -196,6 +196,9 @@ func (c *Conn) CreateSlotInSnapshot(ctx context.Context, name string) (_ NewSlot
 	if slot.Snapshot, err = c.exec(ctx, "SELECT pg_current_snapshot()"); err != nil {
 		return NewSlot{}, fmt.Errorf("create slot %q: read its snapshot: %w", name, err)
 	}
+	if slot.Snapshot, err = inOrder(slot.Snapshot); err != nil {
+		return NewSlot{}, fmt.Errorf("create slot %q: %w", name, err)
+	}
 	// Neither limits on the time of an ordinary transaction, nor a policy that hides rows, may apply to what is read in it.
 	if _, err := c.exec(ctx, `SELECT set_config(name, CASE name WHEN 'row_security' THEN 'off' ELSE '0' END, true) FROM pg_settings
 		WHERE name IN ('row_security', 'statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')`); err != nil {
@@ -304,6 +307,25 @@ func (c *Conn) abandonSlot(name string) error {
 		return fmt.Errorf("roll back: %w", err)
 	}
 	return c.DropSlot(ctx, name)
+}
+
+// inOrder returns a snapshot, in the text form of type pg_snapshot, as that type takes it. The one with which a slot is made may end before it begins:
+// where the last transaction changed nothing that is decoded, SnapBuild moves xmin past it and leaves xmax. To such a snapshot, what is below xmin is
+// visible and the rest is not, as if both were xmin.
+func inOrder(snapshot string) (string, error) {
+	xmin, rest, _ := strings.Cut(snapshot, ":")
+	xmax, running, ok := strings.Cut(rest, ":")
+	from, fromErr := strconv.ParseUint(xmin, 10, 64)
+	to, toErr := strconv.ParseUint(xmax, 10, 64)
+	switch {
+	case !ok || fromErr != nil || toErr != nil:
+		return "", fmt.Errorf("%q is no snapshot", snapshot)
+	case from <= to:
+		return snapshot, nil
+	case running != "":
+		return "", fmt.Errorf("snapshot %q has transactions behind its end", snapshot)
+	}
+	return xmin + ":" + xmin + ":", nil
 }
 
 // DropSlot drops a slot of this connection's database. One that is gone already is no error.

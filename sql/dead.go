@@ -480,37 +480,10 @@ func storeAttempts(ctx context.Context, db *pgx.Conn, r SlotRecord, destination 
 		), parked AS (
 			UPDATE ebb.dead_letter d SET state = 'parked' FROM slot, f
 			WHERE f.rejected AND d.slot = slot.name AND left(d.key, 500) = left(f.key, 500) AND d.key = f.key AND d.`+queued+`
-				AND d.number > f.number) -- those before it are delivered
+				AND d.number > f.number -- those before it are delivered
+				-- If it was discarded while it was sent, nothing holds up the others.
+				AND EXISTS (SELECT FROM ebb.dead_letter h WHERE h.number = f.number AND h.`+queued+`))
 		SELECT FROM slot`, destination, delivered, seqs, failed, keys, rejected, reasons, details, times)
-}
-
-// FoundLetter is a message that a destination holds of a kept event.
-type FoundLetter struct {
-	ID  string
-	Seq uint64
-	// Epoch is that of the message.
-	Epoch uint32
-}
-
-// StoreFound stores that kept events are delivered, as the destination holds them. What has come by again since, in a later epoch, is another one.
-func StoreFound(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, found []FoundLetter) error {
-	ids, seqs, epochs := make([]string, len(found)), make([]int64, len(found)), make([]int32, len(found))
-	for i, f := range found {
-		ids[i], seqs[i], epochs[i] = f.ID, int64(f.Seq), int32(f.Epoch)
-	}
-	return update(ctx, db, r, "store which dead letters are delivered", `WITH `+term+`, found AS (
-			UPDATE ebb.dead_letter d SET state = 'delivered', attempts = d.attempts + 1, last_at = clock_timestamp(), stream_seq = u.seq, destination = $3
-			FROM slot, (SELECT id, max(seq), max(epoch) FROM unnest($4::text[], $5::bigint[], $6::integer[]) u (id, seq, epoch) GROUP BY id) u (id, seq, epoch)
-			WHERE d.slot = slot.name AND d.event_id = u.id AND d.epoch <= u.epoch AND d.`+queued+`)
-		SELECT FROM slot`, destination, ids, seqs, epochs)
-}
-
-// StoreForgotten has the events be delivered once more that a destination was given behind a sequence number, which is the last one that it holds.
-func StoreForgotten(ctx context.Context, db *pgx.Conn, r SlotRecord, destination string, holds uint64) error {
-	return update(ctx, db, r, "store which dead letters are forgotten", `WITH `+term+`, forgotten AS (
-			UPDATE ebb.dead_letter d SET state = 'retrying', stream_seq = NULL, destination = NULL
-			FROM slot WHERE d.slot = slot.name AND d.state = 'delivered' AND d.destination = $3 AND d.stream_seq > $4)
-		SELECT FROM slot`, destination, int64(holds))
 }
 
 // HasLetters reports whether there are events that wait in the dead letters.
@@ -520,15 +493,6 @@ func HasLetters(ctx context.Context, db *pgx.Conn, slot string) (bool, error) {
 		return false, fmt.Errorf("look for dead letters: %w", withHint(err))
 	}
 	return ok, nil
-}
-
-// CountLetters returns how many events wait in the dead letters.
-func CountLetters(ctx context.Context, db *pgx.Conn, slot string) (int64, error) {
-	var n int64
-	if err := db.QueryRow(ctx, "SELECT count(*) FROM ebb.dead_letter WHERE slot = $1 AND "+queued, slot).Scan(&n); err != nil {
-		return 0, fmt.Errorf("count the dead letters: %w", withHint(err))
-	}
-	return n, nil
 }
 
 // CollectLetters removes events that were delivered longer than keep ago, at most limit of them, and returns how many. Those stay that may come by

@@ -36,12 +36,6 @@ const (
 // DeadEventStates are all states.
 var DeadEventStates = []DeadEventState{DeadParked, DeadRetrying, DeadDelivered, DeadDiscarded}
 
-// deadRequests is the channel of the notifications that somebody has decided about dead letters; the payload is the slot.
-const deadRequests = "ebb_dead"
-
-// inQueue is true of the rows of which the queues consist.
-const inQueue = "state IN ('parked', 'retrying')"
-
 // DeadEvent is a row of ebb.dead_letter.
 type DeadEvent struct {
 	Number  int64   `json:"number"`
@@ -126,15 +120,15 @@ func deadError(db *pgx.Conn, step string, err error) error {
 
 // ListDead calls each with the dead letters that a filter means, those that were sent or set aside last first, and at most limit of them unless that
 // is 0. Without states it gives the head of each queue that has an event which is meant, otherwise all events in one of the states. It returns how many
-// there are without the limit, and in heads how many are in their queues.
-func ListDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter, states []DeadEventState, limit int, each func(*DeadEvent) error) (n, queued int64, err error) {
+// there are without the limit, and how many are in the queues of the heads.
+func ListDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter, states []DeadEventState, limit int, each func(*DeadEvent) error) (n, behind int64, err error) {
 	const step = "list the dead letters"
 	words := []string{} // nil would be NULL
-	looked := inQueue   // which has an index
+	looked := queued    // which has an index
 	for _, s := range states {
 		words = append(words, string(s))
 		if s == DeadDelivered || s == DeadDiscarded {
-			looked = "(" + inQueue + " OR state = ANY ($7::text[]))"
+			looked = "(" + queued + " OR state = ANY ($7::text[]))"
 		}
 	}
 	// The totals come first, and are there where no row is.
@@ -142,7 +136,7 @@ func ListDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter, stat
 			SELECT number, state, `+matches+` AS meant, row_number() OVER (queue ORDER BY number) AS nth, count(*) OVER queue AS length,
 				bool_or(`+matches+`) OVER queue AS queue_meant
 			FROM ebb.dead_letter WHERE slot = $1 AND `+looked+`
-			WINDOW queue AS (PARTITION BY key, CASE WHEN key IS NULL OR NOT `+inQueue+` THEN number END)
+			WINDOW queue AS (PARTITION BY key, CASE WHEN key IS NULL OR NOT `+queued+` THEN number END)
 		), chosen AS (
 			SELECT number, nth, length FROM letter
 			WHERE CASE WHEN cardinality($7::text[]) = 0 THEN nth = 1 AND queue_meant ELSE meant AND state = ANY ($7) END
@@ -155,7 +149,7 @@ func ListDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter, stat
 			coalesce(s.content_type, ''), s.headers::text, coalesce(s.event_time, 'epoch'), coalesce(s.position, ''), coalesce(s.reason, ''),
 			coalesce(s.detail, ''), coalesce(s.attempts, 0), coalesce(s.first_at, 'epoch'), coalesce(s.last_at, 'epoch'), coalesce(s.state, ''), s.stream_seq,
 			s.destination, s.decided_by, s.decided_at,
-			CASE WHEN s.`+inQueue+` THEN s.nth END, CASE WHEN s.`+inQueue+` THEN s.length END
+			CASE WHEN s.`+queued+` THEN s.nth END, CASE WHEN s.`+queued+` THEN s.length END
 		FROM total t LEFT JOIN shown s ON true ORDER BY s.last_at DESC, s.number`, f.args(slot, words, limit)...)
 	if err != nil {
 		return 0, 0, deadError(db, step, err)
@@ -164,7 +158,7 @@ func ListDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter, stat
 	for rows.Next() {
 		var d DeadEvent
 		var payload, headers *string
-		if err := rows.Scan(&n, &queued, &d.Number, &d.EventID, &d.Topic, &d.Key, &payload, &d.PayloadBytes, &d.ContentType, &headers, &d.EventTime, &d.Position,
+		if err := rows.Scan(&n, &behind, &d.Number, &d.EventID, &d.Topic, &d.Key, &payload, &d.PayloadBytes, &d.ContentType, &headers, &d.EventTime, &d.Position,
 			&d.Reason, &d.Detail, &d.Attempts, &d.FirstAt, &d.LastAt, &d.State, &d.StreamSeq, &d.Destination, &d.DecidedBy, &d.DecidedAt,
 			&d.QueuePlace, &d.QueueLength); err != nil {
 			return 0, 0, fmt.Errorf("%s: %w", step, err)
@@ -190,13 +184,13 @@ func ListDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter, stat
 	if err := rows.Err(); err != nil {
 		return 0, 0, deadError(db, step, err)
 	}
-	return n, queued, nil
+	return n, behind, nil
 }
 
 // QueueOf returns the ids of a key's queue, in order, at most limit of them.
 func QueueOf(ctx context.Context, db *pgx.Conn, slot, key string, limit int) ([]string, error) {
 	const step = "read the queue of a key"
-	rows, err := db.Query(ctx, "SELECT event_id FROM ebb.dead_letter WHERE slot = $1 AND key = $2 AND "+inQueue+" ORDER BY number LIMIT $3", slot, key, limit)
+	rows, err := db.Query(ctx, "SELECT event_id FROM ebb.dead_letter WHERE slot = $1 AND key = $2 AND "+queued+" ORDER BY number LIMIT $3", slot, key, limit)
 	if err != nil {
 		return nil, deadError(db, step, err)
 	}
@@ -210,7 +204,7 @@ func QueueOf(ctx context.Context, db *pgx.Conn, slot, key string, limit int) ([]
 // CountDead returns how many events wait for an operator, and how many for the bridge.
 func CountDead(ctx context.Context, db *pgx.Conn, slot string) (parked, retrying int64, err error) {
 	err = db.QueryRow(ctx, "SELECT count(*) FILTER (WHERE state = 'parked'), count(*) FILTER (WHERE state = 'retrying') FROM ebb.dead_letter WHERE slot = $1 AND "+
-		inQueue, slot).Scan(&parked, &retrying)
+		queued, slot).Scan(&parked, &retrying)
 	if err != nil {
 		return 0, 0, deadError(db, "count the dead letters", err)
 	}
@@ -236,7 +230,7 @@ func decide(ctx context.Context, db *pgx.Conn, slot, step string, do func(pgx.Tx
 		if err := do(tx); err != nil {
 			return err
 		}
-		_, err := tx.Exec(ctx, "SELECT pg_notify('"+deadRequests+"', $1)", slot)
+		_, err := tx.Exec(ctx, "SELECT pg_notify('"+deadChannel+"', $1)", slot)
 		return err
 	})
 	if err != nil {
@@ -265,7 +259,7 @@ func RetryDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter) (De
 		}
 		rows, err := tx.Query(ctx, `SELECT number, meant, head FROM (
 				SELECT number, `+matches+` AS meant, bool_or(`+matches+`) OVER queue AS queue_meant, row_number() OVER (queue ORDER BY number) = 1 AS head
-				FROM ebb.dead_letter WHERE slot = $1 AND `+inQueue+`
+				FROM ebb.dead_letter WHERE slot = $1 AND `+queued+`
 				WINDOW queue AS (PARTITION BY key, CASE WHEN key IS NULL THEN number END)
 			) q WHERE queue_meant ORDER BY number`, f.args(slot)...)
 		if err != nil {
@@ -355,7 +349,7 @@ func ChooseDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter) (D
 	if c.Delivered, err = settled(ctx, db, slot, f, false); err != nil {
 		return DeadChoice{}, deadError(db, step, err)
 	}
-	rows, err := db.Query(ctx, "SELECT number, event_id, topic, key FROM ebb.dead_letter WHERE slot = $1 AND "+inQueue+" AND "+matches+" ORDER BY number", f.args(slot)...)
+	rows, err := db.Query(ctx, "SELECT number, event_id, topic, key FROM ebb.dead_letter WHERE slot = $1 AND "+queued+" AND "+matches+" ORDER BY number", f.args(slot)...)
 	if err != nil {
 		return DeadChoice{}, deadError(db, step, err)
 	}
@@ -392,7 +386,7 @@ func DiscardDead(ctx context.Context, db *pgx.Conn, slot string, numbers []int64
 			return err
 		}
 		rows, err = tx.Query(ctx, `SELECT number, CASE WHEN number = head THEN key END FROM (
-				SELECT number, key, min(number) OVER (PARTITION BY key) AS head FROM ebb.dead_letter WHERE slot = $1 AND `+inQueue+`
+				SELECT number, key, min(number) OVER (PARTITION BY key) AS head FROM ebb.dead_letter WHERE slot = $1 AND `+queued+`
 			) q WHERE number = ANY ($2)`, slot, numbers)
 		if err != nil {
 			return err
@@ -418,7 +412,7 @@ func DiscardDead(ctx context.Context, db *pgx.Conn, slot string, numbers []int64
 		}
 		rows, err = tx.Query(ctx, `SELECT number FROM (
 				SELECT number, state, first_value(reason) OVER (PARTITION BY key ORDER BY number) AS reason
-				FROM ebb.dead_letter WHERE slot = $1 AND `+inQueue+` AND key = ANY ($2)
+				FROM ebb.dead_letter WHERE slot = $1 AND `+queued+` AND key = ANY ($2)
 			) q WHERE state = 'parked' AND reason = 'queued'`, slot, headless)
 		if err != nil {
 			return err

@@ -73,8 +73,8 @@ func TestDeadLettersOfALaterTerm(t *testing.T) {
 	for what, err := range map[string]error{
 		"letters":   sql.StoreLetters(t.Context(), conn, r, []sql.Letter{letterAt(1, 2, "b"), letterAt(2, 1, "a")}),
 		"attempts":  sql.StoreAttempts(t.Context(), conn, r, "d", []sql.Attempt{{Number: number, Delivered: true}}),
-		"found":     sql.StoreFound(t.Context(), conn, r, "d", []sql.FoundLetter{{ID: "1", Epoch: 1, Seq: 1}}),
-		"forgotten": sql.StoreForgotten(t.Context(), conn, r, "d", 0),
+		"found":     sql.MarkRetried(t.Context(), conn, r, "d", []sql.Retried{{ID: "1", Epoch: 1, Seq: 1}}),
+		"forgotten": sql.RetryForgotten(t.Context(), conn, r, "d", 0),
 	} {
 		if !errors.Is(err, sql.ErrSuperseded) {
 			t.Errorf("%s: %v", what, err)
@@ -286,16 +286,16 @@ func TestAttemptsAtDeadLetters(t *testing.T) {
 		t.Errorf("behind their queues are %q", got)
 	}
 	// What is found, and what is forgotten.
-	if err := sql.StoreFound(t.Context(), conn, r, "d", []sql.FoundLetter{{ID: "10", Seq: 20, Epoch: 1}, {ID: "11", Seq: 21, Epoch: 2}, {ID: "0", Seq: 22, Epoch: 1}}); err != nil {
+	if err := sql.MarkRetried(t.Context(), conn, r, "d", []sql.Retried{{ID: "10", Seq: 20, Epoch: 1}, {ID: "11", Seq: 21, Epoch: 2}, {ID: "0", Seq: 22, Epoch: 1}}); err != nil {
 		t.Fatal(err)
 	}
-	if err := sql.StoreForgotten(t.Context(), conn, r, "d", 20); err != nil {
+	if err := sql.RetryForgotten(t.Context(), conn, r, "d", 20); err != nil {
 		t.Fatal(err)
 	}
 	if got := queue(t, db)[:5]; !slices.Equal(got, []string{"delivered 0 1 queued", "parked 1 1 status 400", "parked 2 1 queued", "delivered 10 1 status 500", "retrying 11 1 queued"}) {
 		t.Errorf("then %q", got)
 	}
-	if err := sql.StoreForgotten(t.Context(), conn, r, "other", 0); err != nil {
+	if err := sql.RetryForgotten(t.Context(), conn, r, "other", 0); err != nil {
 		t.Fatal(err)
 	}
 	if n := pgtest.Value[int64](t, db, "SELECT count(*) FROM ebb.dead_letter WHERE state = 'delivered' AND stream_seq IS NOT NULL"); n != 2 {

@@ -6,41 +6,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-
-	"ebb/event"
 )
-
-// LeftOut is an event that the dead letters keep, and that a destination was not given in its place.
-type LeftOut struct {
-	ID       string
-	Position event.Position
-	// Always says that it is not in any later epoch either, as it was discarded.
-	Always bool
-}
-
-// ReadLeftOut returns the events of a slot that the dead letters keep, or have kept, of transactions that committed at or behind an LSN.
-func ReadLeftOut(ctx context.Context, db *pgx.Conn, slot string, from event.LSN) ([]LeftOut, error) {
-	const step = "read which events the dead letters keep"
-	rows, err := db.Query(ctx, `SELECT event_id, epoch::text || ':' || place, state = 'discarded' FROM ebb.dead_letter
-		WHERE slot = $1 AND split_part(place, ':', 1)::pg_lsn >= $2::text::pg_lsn`, slot, from.String())
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", step, withHint(err))
-	}
-	out, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (LeftOut, error) {
-		var l LeftOut
-		var position string
-		if err := row.Scan(&l.ID, &position, &l.Always); err != nil {
-			return l, err
-		}
-		var err error
-		l.Position, err = event.ParsePosition(position)
-		return l, err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", step, withHint(err))
-	}
-	return out, nil
-}
 
 // Retriable returns how many events a destination may hold, or have held, behind a sequence number that it was given from the dead letters. Since is when
 // everything up to that number was marked: of what was retried later, a bridge that was killed may not have marked some.

@@ -449,11 +449,14 @@ func TestDeadLettersAreNotRecovered(t *testing.T) {
 	if kept, err := sql.KeptOf(t.Context(), conn, "s", []string{"1", "2", "3", "x"}); err != nil || len(kept) != 2 || !kept["1"] || !kept["3"] {
 		t.Errorf("kept are %v: %v", kept, err)
 	}
-	left, err := sql.ReadLeftOut(t.Context(), conn, "s", 0x20)
-	slices.SortFunc(left, func(a, b sql.LeftOut) int { return strings.Compare(a.ID, b.ID) })
-	if want := []sql.LeftOut{{ID: "5", Position: event.Position{Epoch: 1, Commit: 0x20, Index: 1}},
-		{ID: "7", Position: event.Position{Epoch: 1, Commit: 0x30, Index: 1}, Always: true}}; err != nil || !slices.Equal(left, want) {
-		t.Errorf("left out are %+v, want %+v: %v", left, want, err)
+	var left []sql.PassedLetter
+	if err := sql.PassedLetters(t.Context(), conn, "s", 0x20, false, func(p sql.PassedLetter) { left = append(left, p) }); err != nil {
+		t.Fatal(err)
+	}
+	slices.SortFunc(left, func(a, b sql.PassedLetter) int { return strings.Compare(a.ID, b.ID) })
+	if want := []sql.PassedLetter{{ID: "5", Position: event.Position{Epoch: 1, Commit: 0x20, Index: 1}},
+		{ID: "7", Position: event.Position{Epoch: 1, Commit: 0x30, Index: 1}, Discarded: true}}; !slices.Equal(left, want) {
+		t.Errorf("left out are %+v, want %+v", left, want)
 	}
 	letter(t, db, "1:0/70:1", "k", "1:0/70:1", "parked")
 	var payloads []string
