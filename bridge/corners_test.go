@@ -355,7 +355,9 @@ func TestRefusedEventOfASharedStream(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.put(3)
-	r := f.run(f.sharedStream(server))
+	blocking := f.config(f.sharedStream(server))
+	blocking.Block = true
+	r := f.runWith(blocking)
 	f.streamed(server, 3)
 	f.settle()
 	f.db.Exec(t, `INSERT INTO ebb.buffer (topic, payload) SELECT 't', to_json(repeat('x', n)) FROM unnest(ARRAY[10, 5000, 10, 10]) n`)
