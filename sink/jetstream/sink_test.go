@@ -69,6 +69,7 @@ func TestConformance(t *testing.T) {
 	var broken bool
 	var js natsjs.JetStream
 	sinktest.Run(t, sinktest.Harness{
+		Parks: true,
 		New: func(t *testing.T) sink.Sink {
 			server, broken = natstest.New(t), false
 			js = server.JetStream(t)

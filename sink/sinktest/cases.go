@@ -372,9 +372,7 @@ func (f *fixture) expectLetters(want []Message) {
 			f.t.Errorf("event %s is kept for %q, %d attempts, retry %v, committed %v", l.ID, l.Reason, l.Attempts, l.Retry, l.Committed)
 		}
 	}
-	if f.h.PerKey { // letters of different keys are in no order
-		got = f.inOrder(got, want)
-	}
+	got = f.inOrder(got, want) // those of different keys are in no order
 	if diff := gocmp.Diff(want, got); diff != "" {
 		f.t.Fatalf("letters (-want +got):\n%s", diff)
 	}
