@@ -25,6 +25,8 @@ type publisher struct {
 	// kept receives when the dead letters have kept something, and keeping is for the events of the next batch that they are to keep.
 	kept    chan struct{}
 	keeping *keeping
+	// turn says that a retry was taken last, so that it is the turn of a batch.
+	turn bool
 
 	// begin starts an attempt at publishing behind a sequence number, in the way that was chosen.
 	begin func(base uint64) (attempt, error)
@@ -115,6 +117,9 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 	}
 	defer attempt.end()
 	p.attempt, p.acked, p.sent, p.rejected, p.refused = attempt, 0, 0, nil, false
+	if len(p.retries) > 0 {
+		p.retries[0].since = time.Time{} // it is not what has held up the others
+	}
 	progress := time.NewTimer(p.ackTimeout)
 	defer progress.Stop()
 	for {
@@ -145,8 +150,10 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 				in = nil
 				continue
 			}
+			p.turn = false
 			p.take(b)
 		case r := <-retries:
+			p.turn = true
 			p.takeRetry(r)
 		case <-p.kept:
 		case <-p.attempt.changed():
@@ -196,8 +203,11 @@ func (p *publisher) take(b *event.Batch) {
 }
 
 // retryable returns where retries come from. None are taken when there are no more batches.
+//
+// What is retried goes message by message, and what comes behind it in the window waits for that: one retry is taken at a time, and in turn with
+// batches, as far as any wait.
 func (p *publisher) retryable(in <-chan *event.Batch) <-chan *sink.Retry {
-	if in == nil || p.out.Dead == nil {
+	if in == nil || p.out.Dead == nil || len(p.retries) > 0 || p.turn && len(in) > 0 {
 		return nil
 	}
 	return p.out.Dead.Retries()
@@ -304,13 +314,7 @@ func (p *publisher) setAside(why *rejection, stored func(i int) bool) {
 		attempts = 1
 	}
 	if first.Origin == event.Retried {
-		r := p.retries[0]
-		out := make([]int, r.left)
-		for i := range out {
-			out[i] = i
-		}
-		p.doneRetry(&sink.Failure{Rejected: true, Reason: why.reason, Detail: why.Err.Error(), Attempts: attempts})
-		p.window.take(out, nil)
+		p.giveBack(&sink.Failure{Rejected: true, Reason: why.reason, Detail: why.Err.Error(), Attempts: attempts})
 		return
 	}
 	parked := sink.Letter{Event: first, Reason: why.reason, Detail: why.Err.Error(), Attempts: attempts}
@@ -354,6 +358,30 @@ func (p *publisher) acknowledged(number int, seq uint64) {
 	p.acked, p.sent = number, p.sent-n
 	// Where a retried event is among them, it is the only one.
 	p.deliver(n, func(int) uint64 { return seq })
+	p.cutRetry()
+}
+
+// cutRetry gives back what is left of a retry that has held up the others for long enough.
+func (p *publisher) cutRetry() {
+	if len(p.retries) == 0 || p.retries[0].place != p.gone {
+		return
+	}
+	switch r := p.retries[0]; {
+	case r.since.IsZero():
+		r.since = time.Now()
+	case r.stored > 0 && time.Since(r.since) > p.retryFor:
+		p.giveBack(nil)
+	}
+}
+
+// giveBack lets go of the first retry, whose next event stands first and is not on its way.
+func (p *publisher) giveBack(failure *sink.Failure) {
+	out := make([]int, p.retries[0].left)
+	for i := range out {
+		out[i] = i
+	}
+	p.doneRetry(failure)
+	p.window.take(out, nil)
 }
 
 // deliver reports the first n pending events, the last of them at sequence number seq(n-1), and lets go of them. It asks for the numbers of other ones

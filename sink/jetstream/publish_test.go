@@ -784,6 +784,8 @@ type proxy struct {
 	deaf bool
 	// frozen is closed when bytes may pass, and not lost, in either direction.
 	frozen chan struct{}
+	// slow is how long what the server says is under way. It is set before there is a connection.
+	slow time.Duration
 }
 
 func newProxy(t *testing.T, target string) *proxy {
@@ -845,6 +847,9 @@ func (p *proxy) pipe(to, from net.Conn, toServer bool) {
 		}
 		p.mu.Unlock()
 		<-frozen
+		if !toServer {
+			time.Sleep(p.slow)
+		}
 		if deaf && !toServer {
 			continue
 		}
