@@ -15,6 +15,7 @@ import (
 
 	"ebb/event"
 	"ebb/internal/natstest"
+	"ebb/internal/pgtest"
 	"ebb/sink"
 	"ebb/sink/jetstream"
 )
@@ -616,6 +617,40 @@ func TestRetriesDoNotHoldUpOthers(t *testing.T) {
 	}
 	if at := slices.Index(all, "1-2"); at < 0 || at-got.n-1 > 20 {
 		t.Errorf("the second event stands behind %d that were retried, of 100", at-got.n-1)
+	}
+}
+
+// What a stream of others holds already is not parked with the event before it that it has refused, also where its answers were lost.
+func TestStoredBehindARefusedEvent(t *testing.T) {
+	t.Parallel()
+	server := natstest.New(t)
+	proxy := newProxy(t, server.Addr())
+	cfg := config(t, server)
+	cfg.Exclusive, cfg.Servers = false, proxy.url()
+	p := startParking(t, cfg)
+	p.hand(1)
+	p.awaitDelivered(1)
+	update(t, server, func(cfg *natsjs.StreamConfig) { cfg.MaxMsgSize = 1000 })
+	proxy.deafen(true)
+	p.handChanged(3, func(n int, e *event.Event) {
+		e.Key = []byte("k")
+		if n == 2 {
+			e.Payload = make([]byte, 2000)
+		}
+	})
+	pgtest.Eventually(t, patience, func() (bool, string) {
+		n := stream(t, server).CachedInfo().State.Msgs
+		return n == 3, fmt.Sprintf("%d messages are in the stream", n)
+	})
+	proxy.deafen(false)
+	proxy.cut()
+	p.awaitDelivered(4)
+	close(p.in)
+	if err := p.ended(); err != nil {
+		t.Fatal(err)
+	}
+	if got := p.dead.letters; len(got) != 1 || got[0].id != "1-2" {
+		t.Errorf("the letters are %v", got)
 	}
 }
 

@@ -34,6 +34,10 @@ type publisher struct {
 	// end is the last message of the stream that was looked at: that of the last delivered event, or a foreign one behind it.
 	end uint64
 
+	// known are the ids by which a stream that others publish to as well knows messages of pending events, although one before them is missing, from
+	// when it was last looked at.
+	known map[string]bool
+
 	// attempt answers for what was published since the stream was last asked for its end: the first sent of the pending events,
 	// and before them those that it acknowledged, which are acked.
 	attempt     attempt
@@ -324,7 +328,8 @@ func (p *publisher) setAside(why *rejection, stored func(i int) bool) {
 	}
 	letters, out := []sink.Letter{parked}, []int{0}
 	for i, e := range p.pending {
-		if i > 0 && first.Key != nil && e.Key != nil && bytes.Equal(e.Key, first.Key) && e.Origin != event.Retried && !stored(i) {
+		if i > 0 && first.Key != nil && e.Key != nil && bytes.Equal(e.Key, first.Key) && e.Origin != event.Retried && !stored(i) &&
+			(len(p.known) == 0 || !p.known[messageID(e)]) {
 			letters, out = append(letters, sink.Letter{Event: e, Reason: sink.Queued}), append(out, i)
 		}
 	}
@@ -487,13 +492,18 @@ func (p *publisher) findPending(ctx context.Context, state jetstream.StreamState
 	}
 	seq, seqs := p.end, []uint64(nil)
 	wanted := p.pending[:p.before()]
-	for _, e := range wanted {
+	p.known = nil
+	for i, e := range wanted {
 		key := place{e.Position, string(e.ID), e.Origin == event.Retried}
 		if key.retried {
 			key.position = event.Position{}
 		}
 		at, ok := found[key]
 		if !ok {
+			p.known = knownOf(wanted[i+1:], func(e *event.Event) bool {
+				_, ok := found[place{e.Position, string(e.ID), false}]
+				return ok
+			})
 			break
 		}
 		seq = max(seq, at)
@@ -507,6 +517,17 @@ func (p *publisher) findPending(ctx context.Context, state jetstream.StreamState
 		p.end = max(p.end, state.LastSeq)
 	}
 	return nil
+}
+
+// knownOf returns the ids of the messages of those of the events that are found.
+func knownOf(events []*event.Event, found func(*event.Event) bool) map[string]bool {
+	known := map[string]bool{}
+	for _, e := range events {
+		if e.Origin != event.Retried && found(e) {
+			known[messageID(e)] = true
+		}
+	}
+	return known
 }
 
 // state asks the stream's leader where the stream begins and ends.
