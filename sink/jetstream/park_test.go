@@ -568,7 +568,7 @@ func TestRetriesDoNotHoldUpOthers(t *testing.T) {
 	t.Parallel()
 	server := natstest.New(t)
 	proxy := newProxy(t, server.Addr())
-	proxy.slow = 5 * time.Millisecond
+	proxy.slowDown(5 * time.Millisecond)
 	cfg := config(t, server)
 	cfg.Servers = proxy.url()
 	p := prepare(t, cfg)

@@ -784,7 +784,7 @@ type proxy struct {
 	deaf bool
 	// frozen is closed when bytes may pass, and not lost, in either direction.
 	frozen chan struct{}
-	// slow is how long what the server says is under way. It is set before there is a connection.
+	// slow is how long what the server says is under way.
 	slow time.Duration
 }
 
@@ -837,7 +837,7 @@ func (p *proxy) pipe(to, from net.Conn, toServer bool) {
 			return
 		}
 		p.mu.Lock()
-		frozen, deaf, cut := p.frozen, p.deaf, false
+		frozen, deaf, slow, cut := p.frozen, p.deaf, p.slow, false
 		if toServer && p.left >= 0 {
 			if n >= p.left {
 				n, cut, p.left = p.left, true, -1
@@ -848,7 +848,7 @@ func (p *proxy) pipe(to, from net.Conn, toServer bool) {
 		p.mu.Unlock()
 		<-frozen
 		if !toServer {
-			time.Sleep(p.slow)
+			time.Sleep(slow)
 		}
 		if deaf && !toServer {
 			continue
@@ -880,6 +880,12 @@ func (p *proxy) deafen(deaf bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.deaf = deaf
+}
+
+func (p *proxy) slowDown(by time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.slow = by
 }
 
 func (p *proxy) freeze() {
