@@ -588,6 +588,86 @@ func TestRetriedIsForgotten(t *testing.T) {
 	f.inOrderByKey(s.all(), true)
 }
 
+// A destination that has forgotten events of a key, some of which were retried and some not, gets them again in their order.
+func TestForgottenInOrder(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, pgtest.New(t))
+	s, as := newParkingSink(true)
+	r := f.runWith(f.trailing(f.config(as)))
+	f.putKeyed("bad", "a", 1)
+	f.putKeyed("t", "b", 5)
+	s.await(t, 5)
+	f.awaitDead("parked", 1)
+	f.settle()
+	kept := s.count()
+	last := s.all()[kept-1].Position
+	for i := range 2 { // of key a, some are retried, then some streamed, and once more
+		s.refuse(isBad, nil)
+		f.putKeyed("bad", "a", 1)
+		f.putKeyed("t", "a", 2)
+		f.awaitDead("parked", int64(4-i)) // with the first one
+		s.refuse(nil, nil)
+		f.retryAll()
+		f.awaitDead("delivered", int64(4+3*i))
+		pgtest.Eventually(t, patience, func() (bool, string) {
+			f.putKeyed("t", "a", 1)
+			f.awaitBacklog(0)
+			f.awaitDead("retrying", 0)
+			all := s.all()
+			return all[len(all)-1].Origin == event.Streamed, "the key is still held"
+		})
+	}
+	s.refuse(isBad, nil)
+	f.putKeyed("t", "c", 1) // and one of another key before what is parked
+	f.putKeyed("bad", "c", 1)
+	f.awaitDead("parked", 1)
+	f.settle()
+	r.stop()
+	s.testSink.mu.Lock()
+	s.events, s.last = s.events[:kept], last
+	s.testSink.mu.Unlock()
+	s.refuse(nil, nil)
+	r = f.runWith(f.trailing(f.config(as)))
+	s.await(t, len(f.rows())-2)
+	f.awaitBacklog(0)
+	f.retryUntilNone()
+	s.await(t, len(f.rows()))
+	r.stop()
+	f.inOrderByKey(s.all(), true)
+}
+
+// The same where no tick had recorded yet what is forgotten.
+func TestForgottenBeforeATick(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, pgtest.New(t))
+	s, as := newParkingSink(true)
+	f.putKeyed("t", "b", 2)
+	r := f.run(as)
+	s.await(t, 2)
+	f.settle()
+	r.stop()
+	last := s.all()[1].Position
+	cfg := f.config(as)
+	cfg.TickEvery = time.Hour
+	r = f.runWith(cfg)
+	f.putKeyed("t", "a", 2)
+	f.putKeyed("bad", "a", 1)
+	f.putKeyed("t", "a", 1)
+	f.awaitDead("parked", 2)
+	s.await(t, 4)
+	r.stop()
+	s.testSink.mu.Lock()
+	s.events, s.last = s.events[:2], last
+	s.testSink.mu.Unlock()
+	s.refuse(nil, nil)
+	r = f.run(as)
+	f.awaitBacklog(0)
+	f.retryUntilNone()
+	s.await(t, 6)
+	r.stop()
+	f.inOrderByKey(s.all(), true)
+}
+
 // A recovery parks as the stream does, and holds the keys.
 func TestRecoveryParks(t *testing.T) {
 	everyKind(t, func(t *testing.T, f *fixture, s *parkingSink, as sink.Sink) {

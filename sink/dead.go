@@ -42,7 +42,8 @@ type Retry struct {
 	// of the event before them.
 	Batch *event.Batch
 	// Done is called once: the first n events are delivered, the last of them at sequence number seq, if the destination numbers what it
-	// stores. Unless failure is nil, it is why the next one is not. Those behind that are not sent. Done does not wait.
+	// stores. Unless failure is nil, it is why the next one is not. Those behind that are not sent. Where there is no failure, what is left is handed
+	// over again. Done does not wait.
 	Done func(n int, seq uint64, failure *Failure)
 }
 

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"ebb/event"
 )
 
 // Retriable returns how many events a destination may hold, or have held, behind a sequence number that it was given from the dead letters. Since is when
@@ -42,6 +44,17 @@ func RetryForgotten(ctx context.Context, db *pgx.Conn, r SlotRecord, destination
 			UPDATE ebb.dead_letter d SET state = 'retrying' FROM slot
 			WHERE d.slot = slot.name AND d.state = 'parked' AND d.key IN (SELECT key FROM forgotten))
 		SELECT pg_notify('ebb_dead', name) FROM slot`, destination, int64(seq))
+}
+
+// RequeueComingBy has what waits in the dead letters, of transactions that committed at or behind an LSN, go to the end of its queue when it comes by
+// again, as in a replay. So it stands behind what a destination has forgotten of the events that were streamed before it, which come by as well.
+func RequeueComingBy(ctx context.Context, db *pgx.Conn, r SlotRecord, from event.LSN) error {
+	return update(ctx, db, r, "have dead letters that come by queue again", `WITH slot AS (
+			SELECT name FROM ebb.slot WHERE name = $1 AND term = $2 FOR SHARE
+		), waiting AS (
+			UPDATE ebb.dead_letter d SET epoch = 0 FROM slot
+			WHERE d.slot = slot.name AND d.`+queued+` AND d.key IS NOT NULL AND split_part(d.place, ':', 1)::pg_lsn >= $3::text::pg_lsn)
+		SELECT FROM slot`, from.String())
 }
 
 // KeptOf returns those of the ids of events that the dead letters keep, or have kept.

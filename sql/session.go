@@ -67,20 +67,24 @@ func SharesServer(ctx context.Context, db *pgx.Conn, pid uint32) (bool, error) {
 // Hold keeps the session that holds the leader's lock alive, until ctx ends or the session does, which is an error. It notices at once
 // when the server ends the session, as it does when it shuts down. It calls notified with each notification.
 func Hold(ctx context.Context, db *pgx.Conn, notified func(channel, payload string)) error {
-	for {
-		listening, cancel := context.WithTimeout(ctx, pingEvery)
+	for next := time.Now().Add(pingEvery); ; {
+		// Notifications do not tell the server that anybody is there.
+		listening, cancel := context.WithDeadline(ctx, next)
 		n, err := db.WaitForNotification(listening)
 		cancel()
 		if err == nil {
 			notified(n.Channel, n.Payload)
-			continue
+			if time.Now().Before(next) {
+				continue
+			}
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if !errors.Is(err, context.DeadlineExceeded) && !pgconn.Timeout(err) || db.IsClosed() {
+		if err != nil && !errors.Is(err, context.DeadlineExceeded) && !pgconn.Timeout(err) || db.IsClosed() {
 			return fmt.Errorf("hold the leader's lock: %w", err)
 		}
+		next = time.Now().Add(pingEvery)
 		asking, cancel := context.WithTimeout(ctx, pingTimeout)
 		_, err = db.Exec(asking, "SELECT 1")
 		cancel()

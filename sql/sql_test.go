@@ -517,6 +517,38 @@ func TestForgottenRetries(t *testing.T) {
 	}
 }
 
+// The session that holds the leader's lock shows that it is alive however often it is notified.
+func TestHoldWhileNotified(t *testing.T) {
+	t.Parallel()
+	db := pgtest.New(t)
+	lock, err := sql.Connect(t.Context(), db.URL, "lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close(context.WithoutCancel(t.Context()))
+	if _, err := lock.Exec(t.Context(), "LISTEN x; SET idle_session_timeout = '3s'"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+	defer cancel()
+	notifying := make(chan struct{})
+	other := db.Connect(t)
+	go func() {
+		defer close(notifying)
+		for ctx.Err() == nil {
+			if _, err := other.Exec(t.Context(), "NOTIFY x"); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	n := 0
+	if err := sql.Hold(ctx, lock, func(string, string) { n++ }); !errors.Is(err, context.DeadlineExceeded) || n == 0 {
+		t.Errorf("it ended after %d notifications with %v", n, err)
+	}
+	<-notifying
+}
+
 // Where to look in the stream for what need not be recovered: behind the newest tick that had ended before the one that
 // counts began, of the same slot.
 func TestRecoveryFloor(t *testing.T) {

@@ -15,6 +15,7 @@ import (
 
 	"ebb/event"
 	"ebb/internal/natstest"
+	"ebb/internal/pgtest"
 	"ebb/sink"
 	"ebb/sink/jetstream"
 )
@@ -559,6 +560,97 @@ func TestRetries(t *testing.T) {
 				t.Errorf("%d of %d events are in the stream; was a connection cut?\n%s", len(streamed), p.handed, p.logs)
 			}
 		})
+	}
+}
+
+// What is retried goes message by message. However much of it there is, and however slow the broker, other events do not wait for long.
+func TestRetriesDoNotHoldUpOthers(t *testing.T) {
+	t.Parallel()
+	server := natstest.New(t)
+	proxy := newProxy(t, server.Addr())
+	proxy.slowDown(5 * time.Millisecond)
+	cfg := config(t, server)
+	cfg.Servers = proxy.url()
+	p := prepare(t, cfg)
+	p.dead = newDeadLetters(t)
+	p.dead.retries = make(chan *sink.Retry, 20)
+	jetstream.SetRetryFor(p.sink, 100*time.Millisecond)
+	p.resume()
+	p.run()
+	many := func(from, n int) (ids []string) {
+		for i := range n {
+			ids = append(ids, fmt.Sprint(from+i))
+		}
+		return ids
+	}
+
+	// One that has many is cut short, and the rest is to be handed over again.
+	long := retry(p, nil, many(0, 100)...)
+	p.hand(1)
+	got := await(t, long)
+	if got.n == 0 || got.n == 100 || got.failure != nil {
+		t.Errorf("a long retry has come to %+v", got)
+	}
+	p.awaitDelivered(1)
+
+	// Many go in turn with what else there is.
+	var done []<-chan outcome
+	for i := range 20 {
+		done = append(done, retry(p, nil, many(100+5*i, 5)...))
+	}
+	await(t, done[0])
+	p.hand(1)
+	for _, d := range done[1:] {
+		if got := await(t, d); got.n != 5 || got.failure != nil {
+			t.Errorf("a retry has come to %+v", got)
+		}
+	}
+	close(p.in)
+	if err := p.ended(); err != nil {
+		t.Fatal(err)
+	}
+	messages := server.Messages(t, "EBB")
+	p.truthful(messages)
+	all := contents(t, messages)
+	if at := slices.Index(all, "1-1"); at != got.n && at != 0 { // 0 if it was taken first
+		t.Errorf("the first event stands behind %d that were retried, want %d", at, got.n)
+	}
+	if at := slices.Index(all, "1-2"); at < 0 || at-got.n-1 > 20 {
+		t.Errorf("the second event stands behind %d that were retried, of 100", at-got.n-1)
+	}
+}
+
+// What a stream of others holds already is not parked with the event before it that it has refused, also where its answers were lost.
+func TestStoredBehindARefusedEvent(t *testing.T) {
+	t.Parallel()
+	server := natstest.New(t)
+	proxy := newProxy(t, server.Addr())
+	cfg := config(t, server)
+	cfg.Exclusive, cfg.Servers = false, proxy.url()
+	p := startParking(t, cfg)
+	p.hand(1)
+	p.awaitDelivered(1)
+	update(t, server, func(cfg *natsjs.StreamConfig) { cfg.MaxMsgSize = 1000 })
+	proxy.deafen(true)
+	p.handChanged(3, func(n int, e *event.Event) {
+		e.Key = []byte("k")
+		if n == 2 {
+			e.Payload = make([]byte, 2000)
+		}
+	})
+	pgtest.Eventually(t, patience, func() (bool, string) {
+		n := stream(t, server).CachedInfo().State.Msgs
+		return n == 3, fmt.Sprintf("%d messages are in the stream", n)
+	})
+	proxy.deafen(false)
+	proxy.cut()
+	p.awaitDelivered(4)
+	close(p.in)
+	if err := p.ended(); err != nil {
+		t.Fatal(err)
+	}
+	if got := p.dead.letters; len(got) != 1 || got[0].id != "1-2" {
+		t.Errorf("the letters are %v", got)
 	}
 }
 

@@ -25,12 +25,18 @@ type publisher struct {
 	// kept receives when the dead letters have kept something, and keeping is for the events of the next batch that they are to keep.
 	kept    chan struct{}
 	keeping *keeping
+	// turn says that a retry was taken last, so that it is the turn of a batch.
+	turn bool
 
 	// begin starts an attempt at publishing behind a sequence number, in the way that was chosen.
 	begin func(base uint64) (attempt, error)
 
 	// end is the last message of the stream that was looked at: that of the last delivered event, or a foreign one behind it.
 	end uint64
+
+	// known are the ids by which a stream that others publish to as well knows messages of pending events, although one before them is missing, from
+	// when it was last looked at.
+	known map[string]bool
 
 	// attempt answers for what was published since the stream was last asked for its end: the first sent of the pending events,
 	// and before them those that it acknowledged, which are acked.
@@ -115,6 +121,9 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 	}
 	defer attempt.end()
 	p.attempt, p.acked, p.sent, p.rejected, p.refused = attempt, 0, 0, nil, false
+	if len(p.retries) > 0 {
+		p.retries[0].since = time.Time{} // it is not what has held up the others
+	}
 	progress := time.NewTimer(p.ackTimeout)
 	defer progress.Stop()
 	for {
@@ -145,8 +154,10 @@ func (p *publisher) publish(ctx context.Context, in <-chan *event.Batch) (<-chan
 				in = nil
 				continue
 			}
+			p.turn = false
 			p.take(b)
 		case r := <-retries:
+			p.turn = true
 			p.takeRetry(r)
 		case <-p.kept:
 		case <-p.attempt.changed():
@@ -196,8 +207,11 @@ func (p *publisher) take(b *event.Batch) {
 }
 
 // retryable returns where retries come from. None are taken when there are no more batches.
+//
+// What is retried goes message by message, and what comes behind it in the window waits for that: one retry is taken at a time, and in turn with
+// batches, as far as any wait.
 func (p *publisher) retryable(in <-chan *event.Batch) <-chan *sink.Retry {
-	if in == nil || p.out.Dead == nil {
+	if in == nil || p.out.Dead == nil || len(p.retries) > 0 || p.turn && len(in) > 0 {
 		return nil
 	}
 	return p.out.Dead.Retries()
@@ -304,13 +318,7 @@ func (p *publisher) setAside(why *rejection, stored func(i int) bool) {
 		attempts = 1
 	}
 	if first.Origin == event.Retried {
-		r := p.retries[0]
-		out := make([]int, r.left)
-		for i := range out {
-			out[i] = i
-		}
-		p.doneRetry(&sink.Failure{Rejected: true, Reason: why.reason, Detail: why.Err.Error(), Attempts: attempts})
-		p.window.take(out, nil)
+		p.giveBack(&sink.Failure{Rejected: true, Reason: why.reason, Detail: why.Err.Error(), Attempts: attempts})
 		return
 	}
 	parked := sink.Letter{Event: first, Reason: why.reason, Detail: why.Err.Error(), Attempts: attempts}
@@ -320,7 +328,8 @@ func (p *publisher) setAside(why *rejection, stored func(i int) bool) {
 	}
 	letters, out := []sink.Letter{parked}, []int{0}
 	for i, e := range p.pending {
-		if i > 0 && first.Key != nil && e.Key != nil && bytes.Equal(e.Key, first.Key) && e.Origin != event.Retried && !stored(i) {
+		if i > 0 && first.Key != nil && e.Key != nil && bytes.Equal(e.Key, first.Key) && e.Origin != event.Retried && !stored(i) &&
+			(len(p.known) == 0 || !p.known[messageID(e)]) {
 			letters, out = append(letters, sink.Letter{Event: e, Reason: sink.Queued}), append(out, i)
 		}
 	}
@@ -354,6 +363,30 @@ func (p *publisher) acknowledged(number int, seq uint64) {
 	p.acked, p.sent = number, p.sent-n
 	// Where a retried event is among them, it is the only one.
 	p.deliver(n, func(int) uint64 { return seq })
+	p.cutRetry()
+}
+
+// cutRetry gives back what is left of a retry that has held up the others for long enough.
+func (p *publisher) cutRetry() {
+	if len(p.retries) == 0 || p.retries[0].place != p.gone {
+		return
+	}
+	switch r := p.retries[0]; {
+	case r.since.IsZero():
+		r.since = time.Now()
+	case r.stored > 0 && time.Since(r.since) > p.retryFor:
+		p.giveBack(nil)
+	}
+}
+
+// giveBack lets go of the first retry, whose next event stands first and is not on its way.
+func (p *publisher) giveBack(failure *sink.Failure) {
+	out := make([]int, p.retries[0].left)
+	for i := range out {
+		out[i] = i
+	}
+	p.doneRetry(failure)
+	p.window.take(out, nil)
 }
 
 // deliver reports the first n pending events, the last of them at sequence number seq(n-1), and lets go of them. It asks for the numbers of other ones
@@ -459,13 +492,18 @@ func (p *publisher) findPending(ctx context.Context, state jetstream.StreamState
 	}
 	seq, seqs := p.end, []uint64(nil)
 	wanted := p.pending[:p.before()]
-	for _, e := range wanted {
+	p.known = nil
+	for i, e := range wanted {
 		key := place{e.Position, string(e.ID), e.Origin == event.Retried}
 		if key.retried {
 			key.position = event.Position{}
 		}
 		at, ok := found[key]
 		if !ok {
+			p.known = knownOf(wanted[i+1:], func(e *event.Event) bool {
+				_, ok := found[place{e.Position, string(e.ID), false}]
+				return ok
+			})
 			break
 		}
 		seq = max(seq, at)
@@ -479,6 +517,17 @@ func (p *publisher) findPending(ctx context.Context, state jetstream.StreamState
 		p.end = max(p.end, state.LastSeq)
 	}
 	return nil
+}
+
+// knownOf returns the ids of the messages of those of the events that are found.
+func knownOf(events []*event.Event, found func(*event.Event) bool) map[string]bool {
+	known := map[string]bool{}
+	for _, e := range events {
+		if e.Origin != event.Retried && found(e) {
+			known[messageID(e)] = true
+		}
+	}
+	return known
 }
 
 // state asks the stream's leader where the stream begins and ends.

@@ -784,6 +784,8 @@ type proxy struct {
 	deaf bool
 	// frozen is closed when bytes may pass, and not lost, in either direction.
 	frozen chan struct{}
+	// slow is how long what the server says is under way.
+	slow time.Duration
 }
 
 func newProxy(t *testing.T, target string) *proxy {
@@ -835,7 +837,7 @@ func (p *proxy) pipe(to, from net.Conn, toServer bool) {
 			return
 		}
 		p.mu.Lock()
-		frozen, deaf, cut := p.frozen, p.deaf, false
+		frozen, deaf, slow, cut := p.frozen, p.deaf, p.slow, false
 		if toServer && p.left >= 0 {
 			if n >= p.left {
 				n, cut, p.left = p.left, true, -1
@@ -845,6 +847,9 @@ func (p *proxy) pipe(to, from net.Conn, toServer bool) {
 		}
 		p.mu.Unlock()
 		<-frozen
+		if !toServer {
+			time.Sleep(slow)
+		}
 		if deaf && !toServer {
 			continue
 		}
@@ -875,6 +880,12 @@ func (p *proxy) deafen(deaf bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.deaf = deaf
+}
+
+func (p *proxy) slowDown(by time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.slow = by
 }
 
 func (p *proxy) freeze() {

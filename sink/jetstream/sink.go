@@ -32,6 +32,8 @@ const (
 	// ackTimeout is how long the stream may take to acknowledge the next message. A disk that syncs each takes tens
 	// of milliseconds; a stream that elects a leader takes seconds.
 	ackTimeout = 10 * time.Second
+	// retryFor is about how long what comes behind a retry waits for it.
+	retryFor = 100 * time.Millisecond
 	// requestTimeout bounds a request to the JetStream API.
 	requestTimeout = 5 * time.Second
 	// writeTimeout bounds a write to a server that has stopped reading.
@@ -79,8 +81,8 @@ type Sink struct {
 
 	nc *nats.Conn
 	js jetstream.JetStream
-	// ackTimeout is the constant, but in tests.
-	ackTimeout time.Duration
+	// ackTimeout and retryFor are the constants, but in tests.
+	ackTimeout, retryFor time.Duration
 	// closed is closed when nc gives up for good, as it does over refused credentials.
 	closed chan struct{}
 
@@ -126,7 +128,7 @@ func New(cfg Config) (*Sink, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Sink{cfg: cfg, subject: subject, envelope: cloudevent.Envelope{Source: cfg.Source}, log: cfg.Logger, ackTimeout: ackTimeout}
+	s := &Sink{cfg: cfg, subject: subject, envelope: cloudevent.Envelope{Source: cfg.Source}, log: cfg.Logger, ackTimeout: ackTimeout, retryFor: retryFor}
 	s.options = []nats.Option{
 		nats.Name(cfg.Name),
 		nats.MaxReconnects(-1),

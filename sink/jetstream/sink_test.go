@@ -49,6 +49,7 @@ func open(t *testing.T, cfg jetstream.Config) *jetstream.Sink {
 	if err != nil {
 		t.Fatal(err)
 	}
+	jetstream.SetRetryFor(s, patience) // on a slow machine as well, all of one is delivered at once
 	return s
 }
 

@@ -3,6 +3,7 @@ package jetstream
 import (
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"ebb/event"
 	"ebb/sink"
@@ -75,6 +76,8 @@ type retrying struct {
 	left   int
 	stored int
 	seq    uint64
+	// since is when everything in front of it, and perhaps its first event, was delivered.
+	since time.Time
 }
 
 // add adds the events of a batch, but for those of which out, unless nil, says that they are set aside.
