@@ -49,6 +49,10 @@ func stream(t *testing.T, db *pgtest.Database) *Stream {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// No test is to wait for as long as ebb's own.
+	if _, err := conn.exec(t.Context(), "SET tcp_user_timeout = 1000"); err != nil {
+		t.Fatal(err)
+	}
 	s, err := conn.Start(t.Context(), db.Name, "pub", slot.ConsistentPoint)
 	if err != nil {
 		t.Fatal(err)
@@ -218,7 +222,7 @@ func TestRowsOfAllSizes(t *testing.T) {
 	}
 }
 
-// While delivery blocks for longer than the server waits for a standby, the connection stays.
+// While delivery blocks for longer than the server waits for a standby, or its kernel for room in the client's socket, the connection stays.
 func TestStatusWhileDeliveryBlocks(t *testing.T) {
 	server := pgtest.NewServer(t, postgres.Config{Settings: map[string]string{"wal_sender_timeout": "1s"}})
 	db := server.New(t)

@@ -91,6 +91,9 @@ func (c *Conn) start(ctx context.Context, slot, publication string, at, confirme
 	if err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
+	if err := c.bePatient(ctx); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
 	// Hijack only takes what the connection has not buffered, so that it must come before START_REPLICATION.
 	hijacked, err := c.pg.Hijack()
 	if err != nil {
@@ -129,6 +132,16 @@ func (c *Conn) limitTimeout(ctx context.Context) (time.Duration, error) {
 		return 0, fmt.Errorf("set wal_sender_timeout: %w", err)
 	}
 	return maxTimeout, nil
+}
+
+// bePatient has the server keep a connection from which nothing is read for however long delivery takes. The kernel counts what a full socket
+// holds back as unanswered, whatever the client's host says meanwhile; wal_sender_timeout goes by what ebb says.
+// Source: tcp_probe_timer in Linux, net/ipv4/tcp_timer.c.
+func (c *Conn) bePatient(ctx context.Context) error {
+	if _, err := c.exec(ctx, "SET tcp_user_timeout = 0"); err != nil {
+		return fmt.Errorf("set tcp_user_timeout: %w", err)
+	}
+	return nil
 }
 
 func (s *Stream) start(ctx context.Context, slot, publication string, at event.LSN) error {
