@@ -540,7 +540,8 @@ func (d *deadLetters) store(ctx context.Context, w *work) error {
 }
 
 // span has the slot not confirm anything from the events of letters on before the letters are in the log: a standby that has the one, and was
-// promoted before it had the other, would have neither.
+// promoted before it had the other, would have neither. Without a standby it is not done: behind a backlog, what is delivered meanwhile would all come
+// again after a crash.
 func (d *deadLetters) span(ctx context.Context, w *work) error {
 	var first event.LSN
 	for i := range w.letters {
@@ -550,6 +551,9 @@ func (d *deadLetters) span(ctx context.Context, w *work) error {
 	}
 	if first == 0 {
 		return nil
+	}
+	if followed, err := sql.HasStandby(ctx, d.db); err != nil || !followed {
+		return err
 	}
 	committed, err := sql.FlushedLSN(ctx, d.db)
 	if err != nil {

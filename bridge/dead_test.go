@@ -539,6 +539,9 @@ func TestNothingIsConfirmedBetweenAnEventAndItsLetter(t *testing.T) {
 	_, as := newParkingSink(false)
 	r := f.run(as)
 	db := f.db.Connect(t)
+	// A standby that copies the slot has one.
+	f.db.Exec(t, "SELECT pg_create_physical_replication_slot('"+f.slot+"_standby')")
+	defer f.db.Exec(t, "SELECT pg_drop_replication_slot('"+f.slot+"_standby')")
 	var write, flush string
 	for began, seen := time.Now(), false; !seen; {
 		if time.Since(began) > patience {

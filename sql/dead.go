@@ -262,6 +262,15 @@ func FlushedLSN(ctx context.Context, db *pgx.Conn) (event.LSN, error) {
 	return event.ParseLSN(text)
 }
 
+// HasStandby reports whether a standby may have copies of the slots: one that has a physical slot, without which the server synchronizes none.
+func HasStandby(ctx context.Context, db *pgx.Conn) (bool, error) {
+	var ok bool
+	if err := db.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_type = 'physical')").Scan(&ok); err != nil {
+		return false, fmt.Errorf("look for slots of standbys: %w", err)
+	}
+	return ok, nil
+}
+
 // Held is a key of which events are kept.
 type Held struct {
 	Key string

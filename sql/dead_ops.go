@@ -76,7 +76,8 @@ type DeadFilter struct {
 
 // matches is true of the rows that a filter means, whose values are the parameters from $2 to $6.
 const matches = `((cardinality($2::text[]) = 0 OR event_id = ANY ($2)) AND (cardinality($3::text[]) = 0 OR topic = ANY ($3))
-	AND (cardinality($4::text[]) = 0 OR coalesce(key = ANY ($4), false)) AND (cardinality($5::text[]) = 0 OR reason = ANY ($5))
+	AND (cardinality($4::text[]) = 0 OR coalesce(key = ANY ($4), false))
+	AND (cardinality($5::text[]) = 0 OR EXISTS (SELECT FROM unnest($5::text[]) r WHERE strpos(lower(reason), lower(r)) > 0))
 	AND ($6::timestamptz IS NULL OR last_at >= $6))`
 
 // args are the parameters of a statement with matches.

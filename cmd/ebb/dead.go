@@ -62,7 +62,7 @@ func newDeadList(a *app) *cobra.Command {
 		Short: "List what is set aside: the first event of each queue, and how many wait behind it",
 		Long: "List prints a line for the head of each queue, which is the event because of which the others of its key wait; those that were sent or set\n" +
 			"aside last come first. Filters choose the queues that have such an event: those that ebb dead retry takes with the same filters.\n" +
-			"With --each or --state it prints a line for each event that the filters mean: those that ebb dead discard takes.",
+			"With --each, --state or --json it prints a line for each event that the filters mean: those that ebb dead discard takes.",
 		Example: "  ebb dead list\n  ebb dead list --since 1h --topic order.paid\n  ebb dead list --key order-7 --each\n  ebb dead list --state discarded --json",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -169,7 +169,7 @@ func (f *deadFlags) addFilters(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.StringArrayVar(&f.topics, "topic", nil, "events of this `topic`; may be repeated")
 	flags.StringArrayVar(&f.keys, "key", nil, "events of this `key`; may be repeated")
-	flags.StringArrayVar(&f.reasons, "reason", nil, "events that are set aside for this `reason`, such as queued; may be repeated")
+	flags.StringArrayVar(&f.reasons, "reason", nil, "events whose `reason` has these words, in upper or lower case, such as 422 or queued; may be repeated")
 	flags.StringVar(&f.since, "since", "", "events that were sent or set aside last since a `time` (2026-01-02T15:04:05Z), or within a duration before now (90m)")
 }
 
@@ -206,7 +206,7 @@ func (f *deadFlags) choice(ids []string) (sql.DeadFilter, error) {
 // statesOf reads which events are listed one by one; none stand for the heads of queues.
 func (f *deadFlags) statesOf() ([]sql.DeadEventState, error) {
 	var states []sql.DeadEventState
-	if f.each && len(f.states) == 0 {
+	if (f.each || f.json) && len(f.states) == 0 {
 		return []sql.DeadEventState{sql.DeadParked, sql.DeadRetrying}, nil
 	}
 	known := map[string][]sql.DeadEventState{"all": sql.DeadEventStates}

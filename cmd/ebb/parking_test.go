@@ -154,8 +154,9 @@ func TestPoisonIsParked(t *testing.T) {
 	if j.asked[poison] != 1 {
 		t.Errorf("the poisoned event was sent %d times", j.asked[poison])
 	}
-	heads := s.letters(t)
-	if len(heads) != 1 || heads[0].EventID != poison || heads[0].Attempts != 1 || heads[0].State != "parked" || !strings.Contains(heads[0].Reason, "422") ||
+	letters := s.letters(t)
+	heads := slices.DeleteFunc(slices.Clone(letters), func(l letter) bool { return l.Reason == "queued" })
+	if len(letters) != 4 || len(heads) != 1 || heads[0].EventID != poison || heads[0].Attempts != 1 || heads[0].State != "parked" || !strings.Contains(heads[0].Reason, "422") ||
 		string(heads[0].Payload) != `{"n":4}` {
 		t.Errorf("set aside: %+v", heads)
 	}
@@ -185,7 +186,7 @@ func TestPoisonIsParked(t *testing.T) {
 	bridge.stop(t)
 	j.ordered(t)
 	if n := len(s.letters(t)); n != 0 {
-		t.Errorf("%d queues are left", n)
+		t.Errorf("%d events are left", n)
 	}
 }
 
