@@ -84,9 +84,9 @@ func TestTerminatedSessions(t *testing.T) {
 	s := newExactSink()
 	s.slow = 20 * time.Microsecond
 	r := f.run(s)
-	rounds, each := 12, 3000
+	rounds, each := 6, 3000
 	if testing.Short() {
-		rounds = 6
+		rounds = 3
 	}
 	db := f.db.Connect(t)
 	for i := range rounds {

@@ -425,7 +425,10 @@ func TestDeadRoles(t *testing.T) {
 
 // A decision does not wait for ever for a session that holds locks, and says so.
 func TestDeadLocked(t *testing.T) {
-	t.Parallel() // it waits
+	if testing.Short() {
+		t.Skip("it waits for ten seconds")
+	}
+	t.Parallel()
 	db := pgtest.New(t)
 	apply(t, db, setup)
 	setAside(t, db, "a1 a rejected parked")

@@ -70,7 +70,6 @@ func TestConformance(t *testing.T) {
 	var broken bool
 	var js natsjs.JetStream
 	sinktest.Run(t, sinktest.Harness{
-		Parks: true,
 		New: func(t *testing.T) sink.Sink {
 			server, broken = natstest.New(t), false
 			js = server.JetStream(t)
@@ -103,6 +102,8 @@ func TestConformance(t *testing.T) {
 		Mend:        func(t *testing.T) { server.Start(t); broken = false },
 		Resumes:     true,
 		ExactlyOnce: true,
+		Parks:       true,
+		Waits:       true,
 	})
 }
 
