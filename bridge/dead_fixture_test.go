@@ -133,53 +133,54 @@ func (s *parkingSink) Run(ctx context.Context, in <-chan *event.Batch, out sink.
 
 func (r *parkingRun) take(b *event.Batch) error {
 	defer b.Release()
+	// They count in the order of the events, whatever is kept first.
+	entries := make([]*parkingEntry, len(b.Events))
+	for i := range b.Events {
+		entries[i] = r.entry()
+		entries[i].progress = r.progress(&b.Events[i])
+	}
 	parked := map[int]bool{}
 	for i := range b.Events {
-		e := &b.Events[i]
+		e, entry := &b.Events[i], entries[i]
+		entry.progress = r.progress(e)
 		if parked[i] {
 			continue
 		}
 		rejected, failed := r.s.refuses(e)
-		entry := r.entry()
 		switch {
 		case r.out.Dead.Queue(e, func() { r.isKept(entry) }):
 			r.unkept++
 		case rejected || failed:
 			letters := []sink.Letter{{Event: e, Reason: "refused", Detail: "by \x00 the \xff test", Attempts: 1, FirstAt: e.Time, LastAt: e.Time, Retry: !rejected}}
-			entries := []*parkingEntry{entry}
+			together := []*parkingEntry{entry}
 			for j := i + 1; j < len(b.Events) && e.Key != nil; j++ { // what the window has behind it of that key
 				if next := &b.Events[j]; next.Key != nil && bytes.Equal(next.Key, e.Key) {
 					letters = append(letters, sink.Letter{Event: next, Reason: sink.Queued, Retry: !rejected})
+					together = append(together, entries[j])
 					parked[j] = true
 				}
 			}
-			for range letters[1:] {
-				entries = append(entries, r.entry())
-			}
-			r.unkept += len(entries)
-			r.out.Dead.Park(letters, func() { r.isKept(entries...) })
+			r.unkept += len(together)
+			r.out.Dead.Park(letters, func() { r.isKept(together...) })
 		default:
 			if err := r.deliver(e, e.Position); err != nil {
 				return err
 			}
+			entry.progress = r.progress(e)
 			entry.done = true
-		}
-		entry.progress = sink.Progress{Position: e.Position}
-		if r.s.exact {
-			entry.progress.Position, entry.progress.Sequence = r.tail()
 		}
 		r.report()
 	}
-	// The entries of letters that were taken along count where their events would have.
-	for _, entry := range r.entries {
-		if entry.progress.Position.IsZero() {
-			entry.progress = sink.Progress{Position: b.Events[len(b.Events)-1].Position}
-			if r.s.exact {
-				entry.progress.Position, entry.progress.Sequence = r.tail()
-			}
-		}
-	}
 	return nil
+}
+
+// progress is what is said once an event is delivered or kept, with all before it.
+func (r *parkingRun) progress(e *event.Event) sink.Progress {
+	if !r.s.exact {
+		return sink.Progress{Position: e.Position}
+	}
+	position, seq := r.tail()
+	return sink.Progress{Position: position, Sequence: seq}
 }
 
 func (r *parkingRun) tail() (event.Position, uint64) {
