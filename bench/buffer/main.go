@@ -9,9 +9,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
-	"fmt"
 	"io"
 
 	"ebb/bench/rig"
@@ -31,7 +29,7 @@ type bench struct {
 	rate    int
 }
 
-func measure(ctx context.Context, args []string, out io.Writer) (code int, err error) {
+func measure(ctx context.Context, args []string, out io.Writer) (int, error) {
 	b := &bench{out: out}
 	flags := flag.NewFlagSet("buffer", flag.ContinueOnError)
 	part := flags.String("part", "all", "put, flat, backlog, trail or all")
@@ -43,22 +41,6 @@ func measure(ctx context.Context, args []string, out io.Writer) (code int, err e
 	if err := flags.Parse(args); err != nil {
 		return rig.ExitUsage, nil // flag has said why
 	}
-	parts := map[string]func(context.Context) error{"put": b.put, "flat": b.flat, "backlog": b.backlog, "trail": b.trail}
-	order := []string{"put", "flat", "backlog", "trail"}
-	if *part != "all" {
-		if parts[*part] == nil || flags.NArg() > 0 {
-			return rig.ExitUsage, fmt.Errorf("--part %s: want put, flat, backlog, trail or all", *part)
-		}
-		order = []string{*part}
-	}
-	if b.Rig, err = rig.New(ctx); err != nil {
-		return rig.ExitFailed, err
-	}
-	defer func() { err = errors.Join(err, b.Close()) }()
-	for _, name := range order {
-		if err := b.WithServer(ctx, parts[name]); err != nil {
-			return rig.ExitFailed, fmt.Errorf("%s: %w", name, err)
-		}
-	}
-	return 0, nil
+	return rig.Measure(ctx, &b.Rig, *part, flags.Args(), rig.Part{Name: "put", Run: b.put}, rig.Part{Name: "flat", Run: b.flat},
+		rig.Part{Name: "backlog", Run: b.backlog}, rig.Part{Name: "trail", Run: b.trail})
 }

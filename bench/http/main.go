@@ -9,9 +9,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
-	"fmt"
 	"io"
 	"time"
 
@@ -31,7 +29,7 @@ type bench struct {
 	lasts  time.Duration
 }
 
-func measure(ctx context.Context, args []string, out io.Writer) (code int, err error) {
+func measure(ctx context.Context, args []string, out io.Writer) (int, error) {
 	b := &bench{out: out}
 	flags := flag.NewFlagSet("http", flag.ContinueOnError)
 	part := flags.String("part", "all", "rate, stuck or all")
@@ -42,22 +40,5 @@ func measure(ctx context.Context, args []string, out io.Writer) (code int, err e
 	if err := flags.Parse(args); err != nil {
 		return rig.ExitUsage, nil // flag has said why
 	}
-	parts := map[string]func(context.Context) error{"rate": b.measureRate, "stuck": b.measureStuck}
-	order := []string{"rate", "stuck"}
-	if *part != "all" {
-		if parts[*part] == nil || flags.NArg() > 0 {
-			return rig.ExitUsage, fmt.Errorf("--part %s: want rate, stuck or all", *part)
-		}
-		order = []string{*part}
-	}
-	if b.Rig, err = rig.New(ctx); err != nil {
-		return rig.ExitFailed, err
-	}
-	defer func() { err = errors.Join(err, b.Close()) }()
-	for _, name := range order {
-		if err := b.WithServer(ctx, parts[name]); err != nil {
-			return rig.ExitFailed, fmt.Errorf("%s: %w", name, err)
-		}
-	}
-	return 0, nil
+	return rig.Measure(ctx, &b.Rig, *part, flags.Args(), rig.Part{Name: "rate", Run: b.measureRate}, rig.Part{Name: "stuck", Run: b.measureStuck})
 }

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -34,6 +35,36 @@ func Main(name string, measure func(ctx context.Context, args []string, out io.W
 		fmt.Fprintln(os.Stderr, name+":", err)
 	}
 	os.Exit(code)
+}
+
+// Part is a part of a measurement.
+type Part struct {
+	Name string
+	Run  func(context.Context) error
+}
+
+// Measure runs the one of the parts that is asked for, or all of them in order, each with a new server of the rig, which it makes.
+func Measure(ctx context.Context, r **Rig, asked string, rest []string, parts ...Part) (code int, err error) {
+	if asked != "all" {
+		names := make([]string, len(parts))
+		for i, p := range parts {
+			names[i] = p.Name
+		}
+		parts = slices.DeleteFunc(parts, func(p Part) bool { return p.Name != asked })
+		if len(parts) == 0 || len(rest) > 0 {
+			return ExitUsage, fmt.Errorf("--part %s: want %s or all", asked, strings.Join(names, ", "))
+		}
+	}
+	if *r, err = New(ctx); err != nil {
+		return ExitFailed, err
+	}
+	defer func() { err = errors.Join(err, (*r).Close()) }()
+	for _, p := range parts {
+		if err := (*r).WithServer(ctx, p.Run); err != nil {
+			return ExitFailed, fmt.Errorf("%s: %w", p.Name, err)
+		}
+	}
+	return 0, nil
 }
 
 // Rig is a Postgres server and ebb.
