@@ -467,6 +467,25 @@ func TestLanes(t *testing.T) {
 				m.setAside(rapid.Bool().Draw(t, "last"))
 				asides += len(m.waiting) - before
 			},
+			// The receiver takes everything but the oldest, which chance alone seldom has.
+			"stick": func(t *rapid.T) {
+				m.t = t
+				for range rapid.IntRange(1, 6).Draw(t, "rounds") {
+					for n := -1; n < len(m.jobs); {
+						n = len(m.jobs)
+						m.next()
+					}
+					m.now = m.now.Add(400 * time.Millisecond)
+					for i := len(m.jobs) - 1; i >= 0 && len(m.queue) > 0; i-- {
+						if !slices.ContainsFunc(m.jobs[i].parcels, func(p *parcel) bool { return p.number == m.queue[0] }) {
+							m.deliver(i)
+						}
+					}
+				}
+				before := len(m.waiting)
+				m.setAside(false)
+				asides += len(m.waiting) - before
+			},
 			"commit": func(t *rapid.T) {
 				m.t = t
 				if len(m.waiting) == 0 {
@@ -531,7 +550,7 @@ func TestLanes(t *testing.T) {
 			t.Errorf("%d of %d events delivered, %d lanes, %d bytes and %d requests are left", m.delivered, events, len(m.l.byKey), m.l.size, m.l.inFlight)
 		}
 	}
-	for runs := 0; runs == 0 || runs < 20 && asides == 0; runs++ {
+	for runs := 0; runs == 0 || runs < 20 && (parkings == 0 || asides == 0); runs++ {
 		rapid.Check(t, history)
 	}
 	if parkings == 0 || asides == 0 {
