@@ -353,7 +353,7 @@ func newLetter(from *sink.Letter) letter {
 	e := from.Event
 	l := letter{size: e.Size() + len(from.Detail), streamed: e.Origin == event.Streamed, Letter: sql.Letter{
 		ID: string(e.ID), Topic: string(e.Topic), Payload: bytes.Clone(e.Payload), ContentType: e.ContentType,
-		Headers: sql.HeadersJSON(e.Headers), Time: e.Time, Position: e.Position, Replay: e.Replay,
+		Headers: sql.HeadersJSON(e.Headers), Time: e.Time, Position: e.Position, Replay: e.Replay, Fault: e.Fault,
 		Reason: from.Reason, Detail: from.Detail, Attempts: from.Attempts, FirstAt: from.FirstAt, LastAt: from.LastAt, Retry: from.Retry,
 	}}
 	if e.Key != nil {

@@ -460,14 +460,6 @@ func TestOwnTablesThatCannotBe(t *testing.T) {
 			t.Errorf("want … %s: %v", tt.want, err)
 		}
 	}
-
-	f.buffers = []bridge.Buffer{own("c", sql.Keep), bridge.Managed()}
-	f.mustSetup()
-	r := f.run(newExactSink())
-	f.db.Exec(t, `INSERT INTO c VALUES ('a7', '{}'), ('7', '{}')`)
-	if err := r.wait(); !errors.Is(err, decode.ErrRow) || !strings.Contains(err.Error(), `with id "7"`) {
-		t.Errorf("a number for an id: %v", err)
-	}
 }
 
 // Tables come and go; nothing can be put into the managed one while it is not carried.

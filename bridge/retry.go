@@ -269,6 +269,9 @@ func (d *deadLetters) send(q *deadQueue, letters []sql.KeptLetter) error {
 		}
 		e := &batch.Events[i]
 		e.ContentType, e.Origin, e.Replay = l.ContentType, event.Retried, l.Replay
+		if l.Fault != "" {
+			e.Fault = l.Fault
+		}
 		sent[i] = retriedLetter{number: l.Number, passed: string(appendPassed(nil, l.ID, l.Position))}
 	}
 	q.underWay, q.bytes = true, batch.Size()

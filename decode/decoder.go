@@ -322,7 +322,7 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 	row := Row{
 		ID: d.rowID(t), Topic: m.column(t.topic), Key: m.column(t.key),
 		Payload: m.column(t.payload), Headers: m.column(t.headers),
-		Time: d.time, Position: d.position, hex: t.hex,
+		Time: d.time, Position: d.position, hex: t.hex, idFault: t.idFault(m.row),
 	}
 	if t.row != nil {
 		var err error
@@ -352,7 +352,7 @@ func (d *Decoder) addRow(t *table, batch *event.Batch) {
 
 // rowID returns the id of the event of the row at hand, or nil if that cannot be told.
 func (d *Decoder) rowID(t *table) []byte {
-	if t.buffer.ID == "" {
+	if t.buffer.ID == "" || t.idFault(d.insert.row) != "" {
 		return d.positionID()
 	}
 	return d.insert.column(t.id)

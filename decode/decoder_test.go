@@ -314,17 +314,10 @@ func TestErrors(t *testing.T) {
 		{ErrMapping, `table ebb.buffer: column "doc": nothing is known of the type with OID 70000`, own(Buffer{TopicValue: "t"}), msgs{relation(1, "doc app.doc")}},
 		{ErrMapping, `ebb.buffer: there is no topic; name a topic column or give a value`, own(Buffer{Payload: "payload"}), msgs{managed}},
 
-		{ErrRow, `ebb.buffer: row at 1:0/10:2: column "id" is NULL; declare it NOT NULL`, nil, msgs{begin(16), managed, good, insert(1, "n", "tt", "n", "t1", "n")}},
-		{ErrRow, `ebb.buffer: row with id "9" at 1:0/10:1: column "topic" is NULL; declare it NOT NULL`, nil, msgs{begin(16), managed, insert(1, "t9", "n", "n", "t1", "n")}},
-		{ErrRow, `ebb.buffer: row with id "9" at 1:0/10:1: column "payload" is NULL; declare it NOT NULL`, nil, msgs{begin(16), managed, insert(1, "t9", "tt", "n", "n", "n")}},
-		{ErrRow, `ebb.buffer: row with id "9" at 1:0/10:1: column "headers": want a JSON object`, nil, msgs{begin(16), managed, insert(1, "t9", "tt", "n", "t1", "t[]")}},
-		{ErrRow, `column "headers": want a JSON object`, nil, msgs{begin(16), managed, insert(1, "t9", "tt", "n", "t1", "t{")}},
 		{ErrRow, `ebb.buffer: row with id "5" at 1:0/10:1: column "doc": want bytea in hex format; set bytea_output = hex`,
 			own(Buffer{ID: "n", TopicValue: "t", Payload: "doc"}), msgs{begin(16), relation(1, "n int8", "doc bytea"), insert(1, "t5", `t\\x00`)}},
 		{ErrRow, `column "doc": want bytea in hex format; set bytea_output = hex`,
 			own(Buffer{ID: "n", TopicValue: "t", Payload: "doc"}), msgs{begin(16), relation(1, "n int8", "doc bytea"), insert(1, "t5", `t\x0`)}},
-		{ErrRow, `ebb.buffer: row with id "5" at 1:0/10:1: column "payload" is NULL; declare it NOT NULL`,
-			own(Buffer{ID: "n", TopicValue: "t", Payload: "payload"}), msgs{begin(16), relation(1, "n int8", "payload bytea"), insert(1, "t5", "n")}},
 		{ErrRow, `ebb.buffer: row with id "5" at 1:0/10:1: impossible event: column "doc": a value of the type with OID 114 is not the text of JSON at byte 0`,
 			own(Buffer{ID: "n", TopicValue: "t"}), msgs{begin(16), relation(1, "n int8", "doc json"), insert(1, "t5", "t{")}},
 		{ErrMalformed, `Insert at byte 6: row 1:0/10:1 of ebb.buffer: column 2 has kind 'u', want text or null`,
@@ -390,12 +383,67 @@ func TestRecoveredRowGivesTheEventOfTheSlot(t *testing.T) {
 	}
 
 	for want, err := range map[string]error{
-		`row at 1:0/0:0: column "id" is NULL; declare it NOT NULL`:                             managed.AppendRow(recovered, Row{Position: want.Position, PayloadType: 114}),
+		`row at 1:0/0:0: column "id" of ebb.buffer is NULL; declare it NOT NULL`:               managed.AppendRow(recovered, Row{Position: want.Position, PayloadType: 114}),
 		`column "payload" has type with OID 2950; make it json, jsonb, text, varchar or bytea`: managed.AppendRow(recovered, Row{PayloadType: 2950}),
 		`ebb.own has no id column, and a row that is recovered has no position of its own`:     (&Buffer{Schema: "ebb", Table: "own"}).AppendRow(recovered, Row{}),
 	} {
 		if !strings.HasSuffix(fmt.Sprint(err), want) || !errors.Is(err, ErrRow) && !errors.Is(err, ErrMapping) {
 			t.Errorf("got %v, want … %s", err, want)
+		}
+	}
+}
+
+// What is wrong with one row, which nobody can mend in the log, is a fault of its event. The rows around it are not concerned.
+func TestFaults(t *testing.T) {
+	own := func(b Buffer) []Buffer {
+		b.Schema, b.Table = "ebb", "buffer"
+		return []Buffer{b}
+	}
+	managed := relation(1, "id int8", "topic text", "key text", "payload json", "headers jsonb")
+	bytea := relation(1, "n int8", "payload bytea")
+	place := event.Position{Epoch: 1, Commit: 16, Index: 1}
+	for _, test := range []struct {
+		buffers []Buffer
+		table   []byte
+		row     []byte
+		want    event.Event
+	}{
+		{nil, managed, insert(1, "n", "tt", "tk", "t1", "n"),
+			event.Event{ID: []byte("1:0/10:1"), Topic: []byte("t"), Key: []byte("k"), Payload: []byte("1"), Fault: `column "id" of ebb.buffer is NULL; declare it NOT NULL`}},
+		{nil, managed, insert(1, "t"+strings.Repeat("9", 1001), "tt", "n", "t1", "n"),
+			event.Event{ID: []byte("1:0/10:1"), Topic: []byte("t"), Payload: []byte("1"), Fault: `column "id" of ebb.buffer has 1001 bytes, and an id has 1000 at most`}},
+		{own(Buffer{ID: "n", NotNumber: true, TopicValue: "t", Payload: "payload"}), bytea, insert(1, "t5", `t\x61`),
+			event.Event{ID: []byte("1:0/10:1"), Topic: []byte("t"), Payload: []byte("a"), ContentType: "application/octet-stream",
+				Fault: `column "n" of ebb.buffer is a number, 5, and so are the ids of another buffer, so that one event could be taken for the other: use a uuid, or put something before it`}},
+		{nil, managed, insert(1, "t9", "n", "n", "t1", "n"),
+			event.Event{ID: []byte("9"), Payload: []byte("1"), Fault: `column "topic" of ebb.buffer is NULL; declare it NOT NULL`}},
+		{nil, managed, insert(1, "t9", "tt", "n", "n", "t{\"a\":\"b\"}"),
+			event.Event{ID: []byte("9"), Topic: []byte("t"), Headers: []event.Header{{Name: []byte("a"), Value: []byte("b")}},
+				Fault: `column "payload" of ebb.buffer is NULL; declare it NOT NULL`}},
+		{nil, managed, insert(1, "t9", "tt", "n", "t1", "t[]"),
+			event.Event{ID: []byte("9"), Topic: []byte("t"), Payload: []byte("1"), Fault: `column "headers" of ebb.buffer: want a JSON object`}},
+		{nil, managed, insert(1, "t9", "tt", "n", "t1", "t{"),
+			event.Event{ID: []byte("9"), Topic: []byte("t"), Payload: []byte("1"), Fault: `column "headers" of ebb.buffer: want a JSON object`}},
+		{own(Buffer{ID: "n", TopicValue: "t", Payload: "payload"}), bytea, insert(1, "t5", "n"),
+			event.Event{ID: []byte("5"), Topic: []byte("t"), ContentType: "application/octet-stream", Fault: `column "payload" of ebb.buffer is NULL; declare it NOT NULL`}},
+	} {
+		d, batch := New(Config{Epochs: epoch(1), Buffers: test.buffers}), event.NewBatch()
+		stream := [][]byte{begin(16), test.table, test.row, test.row, commit(16)}
+		for _, msg := range stream {
+			if err := d.Decode(msg, batch); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(batch.Events) != 2 {
+			t.Fatalf("%d events, want 2", len(batch.Events))
+		}
+		test.want.Position, test.want.ContentType = place, cmp.Or(test.want.ContentType, jsonType)
+		test.want.Time = batch.Events[0].Time
+		if diff := gocmp.Diff(test.want, batch.Events[0]); diff != "" {
+			t.Errorf("-want +got:\n%s", diff)
+		}
+		if a, b := batch.Events[0].Fault, batch.Events[1].Fault; a != b {
+			t.Errorf("the same row again has fault %q, want %q", b, a)
 		}
 	}
 }

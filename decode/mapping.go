@@ -13,7 +13,7 @@ import (
 var (
 	// ErrMapping is wrapped by errors about a table whose rows cannot be read as events, whatever they hold.
 	ErrMapping = errors.New("impossible mapping")
-	// ErrRow is wrapped by errors about one row that makes no event.
+	// ErrRow is wrapped by errors about one row that makes no event, not even one with a fault.
 	ErrRow = errors.New("impossible event")
 )
 
@@ -67,6 +67,8 @@ type Row struct {
 	Encoder *RowEncoder
 	// hex says that Payload is that of a bytea.
 	hex bool
+	// idFault is why the row's own id cannot be that of an event, and ID its position; or "".
+	idFault string
 	// Time is when the row was created.
 	Time time.Time
 	// Position is that of the event before it.
@@ -95,44 +97,58 @@ func (b *Buffer) AppendRow(batch *event.Batch, row Row) error {
 	return b.append(batch, &row, contentType, event.Recovered)
 }
 
-// append appends the event of row, whose PayloadType it ignores.
+// append appends the event of row, whose PayloadType it ignores. What is wrong with this row alone, which nobody can mend once it is in the log, becomes
+// the event's fault.
 func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin event.Origin) error {
 	e := event.Event{
 		Position: row.Position, Time: row.Time.UTC(), Origin: origin, ContentType: contentType,
 	}
-	switch {
-	case row.ID == nil:
-		return b.nullColumn(row, b.ID)
-	case b.NotNumber && isRowNumber(row.ID):
-		return b.rowError(row, "column %q is a number, and so are the ids of another buffer, so that one event could be taken for the other: "+
-			"use a uuid, or put something before it", b.ID)
-	default:
-		e.ID = batch.Copy(row.ID)
+	if origin != event.Streamed && b.ID != "" {
+		if fault := b.idFault(row.ID); fault != "" {
+			return b.rowError(row, "%s", fault)
+		}
 	}
+	e.ID, e.Fault = batch.Copy(row.ID), row.idFault
 	switch {
 	case b.Topic == "":
 		e.Topic = append(batch.Alloc(len(b.TopicValue))[:0], b.TopicValue...)
 	case row.Topic == nil:
-		return b.nullColumn(row, b.Topic)
+		e.Fault = b.isNull(b.Topic)
 	default:
 		e.Topic = batch.Copy(row.Topic)
 	}
-	if row.Payload == nil {
-		return b.nullColumn(row, b.Payload)
-	}
 	var err error
-	if e.Key = batch.Copy(row.Key); !row.hex {
+	if e.Key = batch.Copy(row.Key); row.Payload == nil {
+		e.Fault = b.isNull(b.Payload)
+	} else if !row.hex {
 		e.Payload = batch.Copy(row.Payload)
 	} else if e.Payload, err = unhex(batch, row.Payload); err != nil {
 		return b.rowError(row, "column %q: %v", b.Payload, err)
 	}
 	if row.Headers != nil {
 		if e.Headers, err = appendHeaders(batch, row.Headers); err != nil {
-			return b.rowError(row, "column %q: %v", b.Headers, err)
+			e.Fault = fmt.Sprintf("column %q of %s: %v", b.Headers, b.name(), err)
 		}
 	}
 	batch.Events = append(batch.Events, e)
 	return nil
+}
+
+// maxID is how many bytes an id may have: the dead letters are found by it, in an index.
+const maxID = 1000
+
+// idFault says why an id, nil if it is NULL, cannot be that of an event, or returns "".
+func (b *Buffer) idFault(id []byte) string {
+	switch {
+	case id == nil:
+		return b.isNull(b.ID)
+	case len(id) > maxID:
+		return fmt.Sprintf("column %q of %s has %d bytes, and an id has %d at most", b.ID, b.name(), len(id), maxID)
+	case b.NotNumber && isRowNumber(id):
+		return fmt.Sprintf("column %q of %s is a number, %s, and so are the ids of another buffer, so that one event could be taken for the other: "+
+			"use a uuid, or put something before it", b.ID, b.name(), id)
+	}
+	return ""
 }
 
 // isRowNumber reports whether an id reads like that of a row whose ids are numbers.
@@ -160,8 +176,8 @@ func (b *Buffer) badType(column, is, want string) error {
 	return fmt.Errorf("%w: %s: column %q has type %s; make it %s", ErrMapping, b.name(), column, is, want)
 }
 
-func (b *Buffer) nullColumn(row *Row, column string) error {
-	return b.rowError(row, "column %q is NULL; declare it NOT NULL", column)
+func (b *Buffer) isNull(column string) string {
+	return fmt.Sprintf("column %q of %s is NULL; declare it NOT NULL", column, b.name())
 }
 
 // rowError names the row, by its id as well if it has one.
@@ -197,6 +213,14 @@ type table struct {
 	// err, unless nil, says why no event can be made of a row. One that is left out need not be one: the columns may have had other names
 	// when it was delivered.
 	err error
+}
+
+// idFault is [Buffer.idFault] of a row. There is none where it cannot be told.
+func (t *table) idFault(row []value) string {
+	if t.id == absent || row[t.id].kind != null && row[t.id].kind != text {
+		return ""
+	}
+	return t.buffer.idFault(row[t.id].data)
 }
 
 // unreadable returns a table of whose rows no event can be made, with what can be told of it nevertheless.

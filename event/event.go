@@ -41,6 +41,8 @@ type Event struct {
 	Time time.Time
 	// Origin says whether the event came by another way than the slot.
 	Origin Origin
+	// Fault, unless it is "", says why the row makes no event: the rest is what there is of one, for the dead letters. A sink rejects it.
+	Fault string
 	// Replay is the number of the replay in which the event is delivered again, or 0.
 	Replay int64
 }

@@ -29,6 +29,8 @@ type Letter struct {
 	Time     time.Time
 	Position event.Position
 	Replay   int64
+	// Fault is that of the event, or "".
+	Fault string
 
 	Reason, Detail string
 	Attempts       int
@@ -104,7 +106,7 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 	var (
 		ids, topics, types, positions, places = make([]string, 0, n), make([]string, 0, n), make([]string, 0, n), make([]string, 0, n), make([]string, 0, n)
 		reasons, details, states              = make([]string, 0, n), make([]string, 0, n), make([]string, 0, n)
-		keys, payloads, headers               = make([]*string, 0, n), make([]*string, 0, n), make([]*string, 0, n)
+		keys, payloads, headers, faults       = make([]*string, 0, n), make([]*string, 0, n), make([]*string, 0, n), make([]*string, 0, n)
 		contents                              = make([][]byte, 0, n)
 		times                                 = make([]time.Time, 0, n)
 		firsts, lasts                         = make([]*time.Time, 0, n), make([]*time.Time, 0, n)
@@ -138,9 +140,9 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 			}
 			first[*l.Key] = state
 		}
-		reason, detail, object := clean(l.Reason), clean(l.Detail), l.Headers
+		reason, detail, fault, object := clean(l.Reason), clean(l.Detail), clean(l.Fault), l.Headers
 		if as >= inASCII {
-			reason, detail, object = toASCII(reason), toASCII(detail), escapeJSON(object)
+			reason, detail, fault, object = toASCII(reason), toASCII(detail), toASCII(fault), escapeJSON(object)
 		}
 		var header *string
 		if object != nil {
@@ -150,26 +152,31 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 		ids, topics, keys, payloads, contents = append(ids, l.ID), append(topics, l.Topic), append(keys, l.Key), append(payloads, payload), append(contents, content)
 		types, headers, times = append(types, l.ContentType), append(headers, header), append(times, l.Time)
 		positions, places, epochs = append(positions, l.Position.String()), append(places, place), append(epochs, int32(l.Position.Epoch))
+		if fault == "" {
+			faults = append(faults, nil)
+		} else {
+			faults = append(faults, &fault)
+		}
 		replays, reasons, details, states = append(replays, l.Replay), append(reasons, reason), append(details, detail), append(states, state)
 		attempts, firsts, lasts = append(attempts, int32(l.Attempts)), append(firsts, orNull(l.FirstAt)), append(lasts, orNull(l.LastAt))
 	}
 	return update(ctx, db, r, "store dead letters", `WITH `+term+`, l AS (
 			SELECT * FROM unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::bytea[], $8::text[], $9::text[], $10::timestamptz[], $11::text[],
-				$12::text[], $13::integer[], $14::bigint[], $15::text[], $16::text[], $17::integer[], $18::timestamptz[], $19::timestamptz[], $20::text[])
+				$12::text[], $13::integer[], $14::bigint[], $15::text[], $16::text[], $17::integer[], $18::timestamptz[], $19::timestamptz[], $20::text[], $21::text[])
 				WITH ORDINALITY u (event_id, topic, key, payload, payload_bytes, content_type, headers, event_time, position, place, epoch, replay, reason,
-				detail, attempts, first_at, last_at, state, n)
+				detail, attempts, first_at, last_at, state, fault, n)
 		), stored AS (
 			INSERT INTO ebb.dead_letter AS d (slot, event_id, topic, key, payload, payload_bytes, content_type, headers, event_time, position, place,
-				epoch, replay, reason, detail, attempts, first_at, last_at, state)
+				epoch, replay, fault, reason, detail, attempts, first_at, last_at, state)
 			SELECT slot.name, event_id, topic, key, payload::json, payload_bytes, content_type, headers::json, event_time, position, place,
-				epoch, replay, reason, detail, attempts, coalesce(first_at, clock_timestamp()), coalesce(last_at, clock_timestamp()),
+				epoch, replay, fault, reason, detail, attempts, coalesce(first_at, clock_timestamp()), coalesce(last_at, clock_timestamp()),
 				coalesce((SELECT q.state FROM ebb.dead_letter q WHERE q.slot = slot.name AND left(q.key, 500) = left(l.key, 500) AND q.key = l.key
 					AND q.`+queued+` ORDER BY q.number LIMIT 1), l.state)
 			FROM slot, l ORDER BY l.n
 			ON CONFLICT (slot, event_id, place) DO UPDATE SET
 				number = DEFAULT, topic = excluded.topic, key = excluded.key, payload = excluded.payload, payload_bytes = excluded.payload_bytes,
 				content_type = excluded.content_type, headers = excluded.headers, event_time = excluded.event_time, position = excluded.position,
-				epoch = excluded.epoch, replay = excluded.replay,
+				epoch = excluded.epoch, replay = excluded.replay, fault = excluded.fault,
 				state = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` AND d.key IS NULL THEN d.state ELSE excluded.state END,
 				stream_seq = NULL, destination = NULL, decided_by = NULL, decided_at = NULL,
 				-- Why it waits does not change by that it has to wait behind others now.
@@ -180,7 +187,7 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 				last_at = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.last_at ELSE excluded.last_at END
 			WHERE d.epoch < excluded.epoch AND d.state <> 'discarded')
 		SELECT FROM slot`,
-		ids, topics, keys, payloads, contents, types, headers, times, positions, places, epochs, replays, reasons, details, attempts, firsts, lasts, states)
+		ids, topics, keys, payloads, contents, types, headers, times, positions, places, epochs, replays, reasons, details, attempts, firsts, lasts, states, faults)
 }
 
 // jsonType is the media type of JSON.
@@ -386,7 +393,8 @@ func NextLetters(ctx context.Context, db *pgx.Conn, slot string, queues []Queue,
 		keys[i], numbers[i], limits[i] = q.Key, q.Number, int32(most[i])
 	}
 	rows, err := db.Query(ctx, `SELECT n, coalesce(number, 0), coalesce(state, ''), coalesce(event_id, ''), coalesce(topic, ''), key, payload::text, payload_bytes,
-			coalesce(content_type, ''), headers::text, coalesce(event_time, 'epoch'), coalesce(position, ''), coalesce(replay, 0)
+			coalesce(content_type, ''), headers::text, coalesce(event_time, 'epoch'), coalesce(position, ''), coalesce(replay, 0),
+			coalesce(fault, '')
 		FROM (
 			SELECT d.*, sum(size) OVER (PARTITION BY n ORDER BY number) - size AS before, sum(size) OVER (ORDER BY n, number) - size AS before_all
 			FROM (
@@ -410,7 +418,7 @@ func NextLetters(ctx context.Context, db *pgx.Conn, slot string, queues []Queue,
 		state, position string
 		text, content   []byte
 	)
-	_, err = pgx.ForEachRow(rows, []any{&n, &l.Number, &state, &l.ID, &l.Topic, &l.Key, &text, &content, &l.ContentType, &l.Headers, &l.Time, &position, &l.Replay}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&n, &l.Number, &state, &l.ID, &l.Topic, &l.Key, &text, &content, &l.ContentType, &l.Headers, &l.Time, &position, &l.Replay, &l.Fault}, func() error {
 		q := &next[n-1]
 		q.Read = true
 		// Should somebody have changed the state of others than all of a queue, what is parked holds up what is behind it.

@@ -50,12 +50,14 @@ type DeadEvent struct {
 	Headers   json.RawMessage `json:"headers"`
 	EventTime time.Time       `json:"event_time"`
 	Position  string          `json:"position"`
-	Reason    string          `json:"reason"`
-	Detail    string          `json:"detail"`
-	Attempts  int             `json:"attempts"`
-	FirstAt   time.Time       `json:"first_at"`
-	LastAt    time.Time       `json:"last_at"`
-	State     DeadEventState  `json:"state"`
+	// Fault says why its row made no event, or is null.
+	Fault    *string        `json:"fault"`
+	Reason   string         `json:"reason"`
+	Detail   string         `json:"detail"`
+	Attempts int            `json:"attempts"`
+	FirstAt  time.Time      `json:"first_at"`
+	LastAt   time.Time      `json:"last_at"`
+	State    DeadEventState `json:"state"`
 	// StreamSeq is where in Destination it is stored, if it was delivered from here and the destination numbers what it stores.
 	StreamSeq   *int64  `json:"stream_seq"`
 	Destination *string `json:"destination"`
@@ -147,7 +149,7 @@ func ListDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter, stat
 			SELECT c.nth, c.length, d.* FROM chosen c JOIN ebb.dead_letter d USING (number) ORDER BY d.last_at DESC, d.number LIMIT nullif($8::bigint, 0)
 		)
 		SELECT t.n, t.queued, coalesce(s.number, 0), coalesce(s.event_id, ''), coalesce(s.topic, ''), s.key, s.payload::text, s.payload_bytes,
-			coalesce(s.content_type, ''), s.headers::text, coalesce(s.event_time, 'epoch'), coalesce(s.position, ''), coalesce(s.reason, ''),
+			coalesce(s.content_type, ''), s.headers::text, coalesce(s.event_time, 'epoch'), coalesce(s.position, ''), s.fault, coalesce(s.reason, ''),
 			coalesce(s.detail, ''), coalesce(s.attempts, 0), coalesce(s.first_at, 'epoch'), coalesce(s.last_at, 'epoch'), coalesce(s.state, ''), s.stream_seq,
 			s.destination, s.decided_by, s.decided_at,
 			CASE WHEN s.`+queued+` THEN s.nth END, CASE WHEN s.`+queued+` THEN s.length END
@@ -160,7 +162,7 @@ func ListDead(ctx context.Context, db *pgx.Conn, slot string, f DeadFilter, stat
 		var d DeadEvent
 		var payload, headers *string
 		if err := rows.Scan(&n, &behind, &d.Number, &d.EventID, &d.Topic, &d.Key, &payload, &d.PayloadBytes, &d.ContentType, &headers, &d.EventTime, &d.Position,
-			&d.Reason, &d.Detail, &d.Attempts, &d.FirstAt, &d.LastAt, &d.State, &d.StreamSeq, &d.Destination, &d.DecidedBy, &d.DecidedAt,
+			&d.Fault, &d.Reason, &d.Detail, &d.Attempts, &d.FirstAt, &d.LastAt, &d.State, &d.StreamSeq, &d.Destination, &d.DecidedBy, &d.DecidedAt,
 			&d.QueuePlace, &d.QueueLength); err != nil {
 			return 0, 0, fmt.Errorf("%s: %w", step, err)
 		}

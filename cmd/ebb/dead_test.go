@@ -214,7 +214,7 @@ a1     t.a    order-7  parked    rejected  1         2026-01-01T00:00:00Z  2026-
 		t.Fatalf("%d records", len(one))
 	}
 	head := one[slices.IndexFunc(one, func(r map[string]any) bool { return r["queue_place"] == 1.0 })]
-	if got, want := keys(head), []string{"attempts", "content_type", "decided_at", "decided_by", "destination", "detail", "event_id", "event_time", "first_at", "headers", "key",
+	if got, want := keys(head), []string{"attempts", "content_type", "decided_at", "decided_by", "destination", "detail", "event_id", "event_time", "fault", "first_at", "headers", "key",
 		"last_at", "number", "payload", "payload_bytes", "position", "queue_length", "queue_place", "reason", "state", "stream_seq", "topic"}; !slices.Equal(got, want) {
 		t.Errorf("a record has %q, want %q", got, want)
 	}

@@ -29,6 +29,7 @@ type letter struct {
 	Reason   string          `json:"reason"`
 	Attempts int             `json:"attempts"`
 	State    string          `json:"state"`
+	Fault    string          `json:"fault"`
 }
 
 // letters returns what ebb dead list prints.
@@ -188,6 +189,60 @@ func TestPoisonIsParked(t *testing.T) {
 	if n := len(s.letters(t)); n != 0 {
 		t.Errorf("%d events are left", n)
 	}
+}
+
+// TestRowsWithoutAnEventAreParked: a row of a table of one's own that lacks what an event needs, and that nobody can change in the log any more, is set
+// aside, with its key behind it. Mended in the dead letters, it is delivered.
+func TestRowsWithoutAnEventAreParked(t *testing.T) {
+	j := newJudge(t, all(200))
+	db := pgtest.New(t)
+	db.Exec(t, "CREATE TABLE loose (n serial PRIMARY KEY, id text, topic text, key text, doc jsonb, extra jsonb, done timestamptz)")
+	s := newSite(t, db, j.URL, "buffers:", "  - table: ebb.buffer", "  - {table: loose, id: id, topic: topic, key: key, payload: doc, headers: extra, delivered: mark, recorded: done}")
+	s.setup(t)
+	db.Exec(t, `INSERT INTO loose (id, topic, key, doc, extra) VALUES ('a', 't', 'k1', '1', '{"h": "v"}'), (NULL, 't', NULL, '2', NULL), ('c', NULL, 'k1', '3', NULL),
+		('d', 't', 'k2', NULL, '{"h": "v"}'), ('e', 't', 'k3', '5', '[]'), ('f', 't', 'k1', '6', NULL), ('g', 't', 'k4', '7', NULL), ('8', 't', NULL, '8', NULL)`)
+	bridge := s.streaming(t)
+	s.awaitLetters(t, 6, "'parked'")
+	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+		n := pgtest.Value[int](t, db, "SELECT count(*)::int FROM loose WHERE done IS NULL")
+		return n == 0, fmt.Sprintf("%d rows are not marked", n)
+	})
+	if got := slices.Sorted(slices.Values(j.ids())); !slices.Equal(got, []string{"a", "g"}) {
+		t.Errorf("taken: %q", got)
+	}
+	db.Exec(t, "UPDATE loose SET done = NULL") // that it comes by again changes nothing
+	bridge.stop(t)
+	bridge = s.streaming(t)
+	got := map[string]string{}
+	for _, l := range s.letters(t) {
+		name := l.EventID
+		if strings.Contains(name, ":") {
+			name = "at a position, " + string(l.Payload)
+		}
+		got[name] = l.Reason + ", " + l.Fault
+	}
+	null := `column %q of public.loose is NULL; declare it NOT NULL`
+	want := map[string]string{
+		"at a position, 8": `impossible event, column "id" of public.loose is a number, 8, and so are the ids of another buffer, so that one event could be taken for ` +
+			`the other: use a uuid, or put something before it`,
+		"at a position, 2": "impossible event, " + fmt.Sprintf(null, "id"), "c": "impossible event, " + fmt.Sprintf(null, "topic"), "f": "queued, ",
+		"d": "impossible event, " + fmt.Sprintf(null, "doc"), "e": `impossible event, column "extra" of public.loose: want a JSON object`,
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("set aside\n%v, want\n%v", got, want)
+	}
+
+	if r := s.ebb(t, "dead", "retry", "--key", "k1"); r.code != exitFailed || !strings.Contains(r.stdout, `event c of key k1 is parked again: impossible event: column "topic"`) {
+		t.Errorf("exit code %d, and %q", r.code, r.stdout)
+	}
+	db.Exec(t, "UPDATE ebb.dead_letter SET topic = 't', fault = NULL WHERE event_id = 'c'")
+	db.Exec(t, "UPDATE ebb.dead_letter SET payload = '4', payload_bytes = NULL, fault = NULL WHERE event_id = 'd'")
+	s.ebb(t, "dead", "retry", "c", "d").must(t)
+	if got, want := j.ids(), []string{"a", "g", "c", "f", "d"}; !slices.Equal(slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(want))) ||
+		slices.Index(got, "c") > slices.Index(got, "f") {
+		t.Errorf("taken: %q, want %q", got, want)
+	}
+	bridge.stop(t)
 }
 
 // TestDiscarded: an event that is given up is never delivered, not by a replay either; what is behind it goes on.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 
 	"ebb/event"
@@ -29,16 +30,18 @@ var (
 	// ErrPayload is wrapped by the error for an event whose payload is not what its content type says, where the format depends
 	// on it.
 	ErrPayload = errors.New("payload does not fit its content type")
+	// ErrFault is wrapped by the error for an event that has a fault.
+	ErrFault = errors.New("impossible event")
 )
 
-// Reason returns what the errors of this package have in common that are the same to an operator.
-func Reason(err error) string {
-	for _, known := range []error{ErrHeader, ErrPayload} {
+// Explain takes an error of this package apart, for the dead letters: a reason that is the same for what is the same to an operator, and the rest.
+func Explain(err error) (reason, detail string) {
+	for _, known := range []error{ErrFault, ErrHeader, ErrPayload} {
 		if errors.Is(err, known) {
-			return known.Error()
+			return known.Error(), strings.Replace(err.Error(), known.Error()+": ", "", 1)
 		}
 	}
-	return "cannot be written as a CloudEvent"
+	return "cannot be written as a CloudEvent", err.Error()
 }
 
 // Envelope says what all events of one bridge have in common. It may be used by several goroutines.
@@ -59,7 +62,7 @@ var specVersion = []byte("1.0")
 // content-type of the producer replaces that of the payload, and when it is empty, there is none. Two headers whose names differ
 // in case are both emitted, except for content-type, where that is an error.
 //
-// An error wraps [ErrHeader], and then emit has not been called. The value is valid during the call of emit only. buf is
+// An error wraps [ErrFault] or [ErrHeader], and then emit has not been called. The value is valid during the call of emit only. buf is
 // scratch space; it is returned, possibly grown, to be passed to the next call.
 func (c Envelope) Headers(e *event.Event, buf []byte, emit func(name string, value []byte)) ([]byte, error) {
 	contentType, err := checkHeaders(e)
@@ -132,8 +135,11 @@ func appendTime(b []byte, e *event.Event) []byte {
 	return e.Time.UTC().AppendFormat(b, "2006-01-02T15:04:05.000000Z")
 }
 
-// checkHeaders returns the content type of e's payload, or an error wrapping [ErrHeader].
+// checkHeaders returns the content type of e's payload, or an error wrapping [ErrFault] or [ErrHeader].
 func checkHeaders(e *event.Event) (contentType string, err error) {
+	if e.Fault != "" {
+		return "", fmt.Errorf("%w: %s", ErrFault, e.Fault)
+	}
 	contentType = e.ContentType
 	overridden := false
 	for i := range e.Headers {

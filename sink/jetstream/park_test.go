@@ -236,7 +236,8 @@ func TestRejectedEventsAreParked(t *testing.T) {
 		sent               bool
 	}{
 		{"max_payload", "larger than max_payload", "raise it", func(e *event.Event) { e.Payload = make([]byte, 200_000) }, 0, false},
-		{"header", "bad header", `"Nats-X"`, func(e *event.Event) { e.Headers = []event.Header{{Name: []byte("Nats-X"), Value: []byte("1")}} }, 0, false},
+		{"header", "header cannot be passed on", `"Nats-X"`, func(e *event.Event) { e.Headers = []event.Header{{Name: []byte("Nats-X"), Value: []byte("1")}} }, 0, false},
+		{"fault", "impossible event", "is NULL", func(e *event.Event) { e.Topic, e.Fault = nil, "the topic is NULL" }, 0, false},
 		{"max_msg_size", "larger than max_msg_size", "raise that", func(e *event.Event) { e.Payload = make([]byte, 5000) }, 0, false},
 		{"max_msg_size lowered", "larger than max_msg_size", "raise that", func(e *event.Event) { e.Payload = make([]byte, 3000) }, 2000, true},
 		{"headers", "headers too large", "65,535", func(e *event.Event) { e.Topic = []byte(strings.Repeat("x", 70_000)) }, 0, false},

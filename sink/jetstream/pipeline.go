@@ -118,8 +118,9 @@ func (a *pipeline) publish(e *event.Event, at event.Position) error {
 	case errors.Is(err, nats.ErrMaxPayload):
 		return reject(e, reasonMaxPayload, fmt.Errorf("its %d bytes and its headers are more than the "+
 			"server's max_payload of %d: raise it there and try again: %w", len(e.Payload), a.way.nc.MaxPayload(), err))
-	case errors.Is(err, cloudevent.ErrHeader):
-		return reject(e, reasonHeader, err)
+	case errors.Is(err, cloudevent.ErrFault), errors.Is(err, cloudevent.ErrHeader):
+		reason, _ := cloudevent.Explain(err)
+		return reject(e, reason, err)
 	case err != nil:
 		return fmt.Errorf("publish event %s: %w", e.ID, err)
 	}

@@ -318,10 +318,10 @@ func (p *publisher) setAside(why *rejection, stored func(i int) bool) {
 		attempts = 1
 	}
 	if first.Origin == event.Retried {
-		p.giveBack(&sink.Failure{Rejected: true, Reason: why.reason, Detail: why.Err.Error(), Attempts: attempts})
+		p.giveBack(&sink.Failure{Rejected: true, Reason: why.reason, Detail: why.detail(), Attempts: attempts})
 		return
 	}
-	parked := sink.Letter{Event: first, Reason: why.reason, Detail: why.Err.Error(), Attempts: attempts}
+	parked := sink.Letter{Event: first, Reason: why.reason, Detail: why.detail(), Attempts: attempts}
 	if why.sent {
 		parked.LastAt = time.Now()
 		parked.FirstAt = parked.LastAt

@@ -13,6 +13,7 @@ import (
 
 	"ebb/event"
 	"ebb/sink"
+	"ebb/sink/cloudevent"
 )
 
 // Error codes with which a stream refuses a message. Source: server/errors.json of nats-server, processJetStreamMsgWithBatch and
@@ -32,7 +33,6 @@ const (
 // Why events are rejected, for the dead letters.
 const (
 	reasonMaxPayload = "larger than max_payload"
-	reasonHeader     = "bad header"
 	reasonMaxMsgSize = "larger than max_msg_size"
 	reasonHeaders    = "headers too large"
 )
@@ -49,6 +49,12 @@ type rejection struct {
 }
 
 func (r *rejection) Unwrap() error { return r.RejectedError }
+
+// detail is what the reason leaves to say.
+func (r *rejection) detail() string {
+	_, detail := cloudevent.Explain(r.Err)
+	return detail
+}
 
 func reject(e *event.Event, reason string, err error) *rejection {
 	return &rejection{RejectedError: &sink.RejectedError{ID: string(e.ID), Position: e.Position, Err: err}, reason: reason}

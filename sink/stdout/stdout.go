@@ -205,7 +205,8 @@ func (s *Sink) retry(ctx context.Context, retry *sink.Retry) error {
 
 // refusal says why an event can never be written.
 func refusal(err error) *sink.Failure {
-	return &sink.Failure{Rejected: true, Reason: cloudevent.Reason(err), Detail: err.Error()}
+	reason, detail := cloudevent.Explain(err)
+	return &sink.Failure{Rejected: true, Reason: reason, Detail: detail}
 }
 
 // lines returns memory for the lines of a batch.

@@ -268,7 +268,8 @@ func (r *running) parkRefused() {
 
 // refusal says why an event can never be sent.
 func refusal(err error) *sink.Failure {
-	return &sink.Failure{Rejected: true, Reason: cloudevent.Reason(err), Detail: err.Error()}
+	reason, detail := cloudevent.Explain(err)
+	return &sink.Failure{Rejected: true, Reason: reason, Detail: detail}
 }
 
 // park hands events of one key to the dead letters: the first one for a reason, the others because they are behind it.

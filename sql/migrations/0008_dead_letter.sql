@@ -16,6 +16,7 @@ CREATE TABLE ebb.dead_letter (
     place         text NOT NULL,
     epoch         integer NOT NULL,
     replay        bigint NOT NULL DEFAULT 0,
+    fault         text,
     reason        text NOT NULL,
     detail        text NOT NULL DEFAULT '',
     attempts      integer NOT NULL,
@@ -30,6 +31,7 @@ CREATE TABLE ebb.dead_letter (
 );
 COMMENT ON TABLE ebb.dead_letter IS 'Events that were set aside, and behind them, by number, later ones of the same key. See ebb dead.';
 COMMENT ON COLUMN ebb.dead_letter.payload IS 'The payload, if it is JSON; otherwise payload_bytes holds it.';
+COMMENT ON COLUMN ebb.dead_letter.fault IS 'Why its row made no event. To have it delivered, set what is missing, and this to NULL.';
 COMMENT ON COLUMN ebb.dead_letter.reason IS 'Why it was set aside; ''queued'' is an event behind another one of its key.';
 COMMENT ON COLUMN ebb.dead_letter.detail IS 'What the receiver said, or what can be done.';
 COMMENT ON COLUMN ebb.dead_letter.state IS 'parked: waits for ebb dead retry. retrying: the bridge delivers it as soon as it can.';
