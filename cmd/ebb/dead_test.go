@@ -549,7 +549,7 @@ func TestDeadLettersGuide(t *testing.T) {
 		t.Fatal(err)
 	}
 	blocks := strings.Split(string(guide), "```sql\n")[1:]
-	if len(blocks) != 3 {
+	if len(blocks) != 4 {
 		t.Fatalf("the guide has %d blocks of SQL", len(blocks))
 	}
 	for i := range blocks {
@@ -569,11 +569,16 @@ func TestDeadLettersGuide(t *testing.T) {
 		}
 		s.db.Exec(t, statement)
 	}
+	s.db.Exec(t, "UPDATE ebb.dead_letter SET fault = 'x' WHERE event_id = '4715'")
 	s.db.Exec(t, blocks[1])
+	if got := pgtest.Value[string](t, s.db, "SELECT (payload ->> 'order') || coalesce(fault, '') FROM ebb.dead_letter WHERE event_id = '4715'"); got != "7" {
+		t.Errorf("mended: %s", got)
+	}
+	s.db.Exec(t, blocks[2])
 	if got := s.setAsideStates(t); got != "4711:discarded 4715:parked" {
 		t.Errorf("now %s", got)
 	}
-	s.db.Exec(t, blocks[2])
+	s.db.Exec(t, blocks[3])
 	if got := pgtest.Value[string](t, s.db, "SELECT topic || ' ' || key || ' ' || (payload ->> 'id') || ' ' || (headers ->> 'traceparent') FROM ebb.buffer"); got != "t.4 order-7 4711 00-1" {
 		t.Errorf("put again: %s", got)
 	}
