@@ -47,7 +47,7 @@ func (b *bench) measureStuck(ctx context.Context) error {
 			return err
 		})
 	}
-	fmt.Fprintf(b.out, "\n%d events/s of %d keys and the key %q:\n  %-28s %10s %10s %12s %14s %14s\n", b.rate, keys, stuckKey, "", "p50", "p99", "memory", "WAL kept", "set aside")
+	fmt.Fprintf(b.out, "\n%d events/s of %d keys and the key %q:\n  %-32s %10s %10s %12s %14s %14s\n", b.rate, keys, stuckKey, "", "p50", "p99", "memory", "WAL kept", "set aside")
 	look := func(what string) error {
 		quantiles, _ := r.quantiles(0.5, 0.99)
 		memory, err := p.Memory(ctx)
@@ -58,7 +58,7 @@ func (b *bench) measureStuck(ctx context.Context) error {
 		if err := db.QueryRow(ctx, "SELECT retained_wal_bytes, dead_letters FROM ebb.status").Scan(&kept, &dead); err != nil {
 			return err
 		}
-		fmt.Fprintf(b.out, "  %-28s %10s %10s %9d MB %11d MB %14d\n", what, quantiles[0].Round(10*time.Microsecond), quantiles[1].Round(10*time.Microsecond),
+		fmt.Fprintf(b.out, "  %-32s %10s %10s %9d MB %11d MB %14d\n", what, quantiles[0].Round(10*time.Microsecond), quantiles[1].Round(10*time.Microsecond),
 			memory>>20, kept>>20, dead)
 		_, _, err = r.count()
 		return err

@@ -545,6 +545,12 @@ func (r *retrying) wait(ctx context.Context) error {
 		if err == nil && looks%ledEvery == 0 {
 			led, err = isLed(ctx, r.db, r.cfg.Slot)
 		}
+		if err == nil && led && looks == ledEvery && r.Retrying == r.Events {
+			bar.clear()
+			if err = r.sayWhy(ctx); err != nil {
+				err = fmt.Errorf("find out why nothing is delivered yet: %w", err)
+			}
+		}
 		switch {
 		case ctx.Err() != nil || err == nil && led && sleep.For(ctx, progressEvery) != nil:
 			bar.end()
@@ -559,6 +565,17 @@ func (r *retrying) wait(ctx context.Context) error {
 			return r.outcome()
 		}
 	}
+}
+
+// sayWhy says of a retry that does not begin what it may wait for.
+func (r *retrying) sayWhy(ctx context.Context) error {
+	backlog, err := sql.ReadBacklog(ctx, r.db)
+	if kind := r.cfg.SinkKind(); err != nil || backlog.Events == 0 || kind != config.SinkKindNATS && kind != config.SinkKindEmbedded {
+		return err
+	}
+	r.say("nothing is retried yet: the bridge has %s to deliver, and JetStream gets no retry before those that were there when it began\n",
+		count(backlog.Events, "event"))
+	return nil
 }
 
 // look counts what is done.

@@ -47,6 +47,13 @@ func (p *progress) at(n int64) {
 	}
 }
 
+// clear makes room for a line; the bar comes back with what is done next.
+func (p *progress) clear() {
+	if p.bar != nil {
+		_ = p.bar.Clear()
+	}
+}
+
 // end takes the bar away.
 func (p *progress) end() {
 	if p.bar != nil {
