@@ -536,8 +536,9 @@ func (f *facts) stream() step {
 	if !f.remembers || !f.tail.Exclusive {
 		return s
 	}
-	// What was removed may be of before a replay and of it, and then its number does not tell which events it was.
-	mixed := f.replayed != nil && f.leftOff() == nil && f.tick.Epoch < f.replayed.Epoch
+	// What was removed may be of before a replay and of it, or of a replay that does not come by any more, as the ticks of it were taken back. Then its
+	// number does not tell which events it was.
+	mixed := f.replayed != nil && f.tick.Epoch < f.replayed.Epoch && (f.leftOff() == nil || f.slot.ConfirmedFlush > f.replayed.From)
 	if f.ticked && !mixed {
 		// What may have been a retried event is not taken for one of the slot, which would be lost.
 		retried := min(f.tail.Removed, f.retriedLast)

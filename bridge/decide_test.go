@@ -1091,3 +1091,26 @@ func TestTailBehindTheSwitch(t *testing.T) {
 		t.Errorf("action %d, error %v: the stream ends with an event at %s, and epoch 1 ended at 0/2000", s.action, s.err, f.tail.Position)
 	}
 }
+
+// The stream has removed an event of a replay, and forgotten the replay's tick. Whether the event is among what comes by depends on where the slot stands.
+func TestRemovedOfAReplay(t *testing.T) {
+	for _, test := range []struct {
+		slot event.LSN
+		more uint64
+	}{{0x64, 1}, {0xC8, 0}} {
+		source := sink.Source{SystemIdentifier: "1", Database: "d", Slot: "s", Buffer: "b"}
+		f := &facts{
+			destination: "x", source: source, system: replication.System{ID: "1", Timeline: 1, Database: "d"}, flushed: 0x5000, exists: true, remembers: true,
+			record: sql.SlotRecord{Name: "s", SystemIdentifier: "1", Timeline: 1, Epochs: event.Epochs{{Number: 1}, {Number: 2, From: 0x6E, Replay: true}},
+				Made: true, Done: true},
+			slot: replication.Slot{Plugin: replication.Plugin, ConfirmedFlush: test.slot},
+			tick: sql.Tick{ID: 1, LSN: 0xC8, Position: event.Position{Epoch: 1, Commit: 0x6E, Index: 2}, StreamSeq: 2, Epoch: 1}, ticked: true, delivered: true,
+			replayed: &sql.Replay{ID: 1, State: sql.ReplayDone, From: 0x6E, Epoch: 2, Through: event.Position{Epoch: 1, Commit: 0x6E, Index: 2}, Held: 2, Destination: "x"},
+			tail:     sink.Tail{Last: 3, Holds: 3, Removed: 1, Exclusive: true, Source: source},
+		}
+		f.newest = f.tick
+		if s := decide(f); s.action != actStream || s.skip.More != test.more {
+			t.Errorf("with the slot at %s: action %d, and %d events are left out, want %d", test.slot, s.action, s.skip.More, test.more)
+		}
+	}
+}
