@@ -703,6 +703,25 @@ func TestRecoveryParks(t *testing.T) {
 	})
 }
 
+// An event that was recovered from a row without an id has one that is made of its primary key, which may be longer than that of any row's own.
+func TestRetriedWithALongID(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, pgtest.New(t))
+	s, as := newParkingSink(true)
+	r := f.run(as)
+	f.putKeyed("bad", "a", 1)
+	f.awaitDead("parked", 1)
+	f.decide("UPDATE ebb.dead_letter SET event_id = 'public.t/' || repeat('k', 1200)")
+	s.refuse(nil, nil)
+	f.retryAll()
+	s.await(t, 1)
+	f.awaitDead("delivered", 1)
+	r.stop()
+	if id := string(s.all()[0].ID); len(id) != 1209 {
+		t.Errorf("delivered %q", id)
+	}
+}
+
 // A bridge that is to block asks the dead letters for what is there, and delivers it, and its sink is told not to park.
 func TestBlockedEventsAreNotParked(t *testing.T) {
 	t.Parallel()

@@ -257,6 +257,7 @@ func (d *deadLetters) findAlone(ctx context.Context, slot string) error {
 func (d *deadLetters) send(q *deadQueue, letters []sql.KeptLetter) error {
 	batch := event.NewBatch()
 	managed := decode.Managed()
+	managed.ID = "" // what a row's id may be has nothing to do with that of a letter, which is stored
 	sent := make([]retriedLetter, len(letters))
 	for i := range letters {
 		l := &letters[i]
