@@ -301,8 +301,9 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 	if d.see != nil && t.buffer.IsManaged() {
 		d.see(m.column(t.id))
 	}
+	id, idFault := d.rowID(t)
 	if !d.passed || d.more < d.skip.More || d.skip.Held != nil {
-		left, err := d.leaveOut(d.rowID(t))
+		left, err := d.leaveOut(id)
 		if left {
 			d.addRow(t, batch)
 		}
@@ -320,9 +321,9 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 		return malformed('I', 6, "row %s of %s: column %d has kind %q, want text or null", d.position, t.name, i+1, m.row[i].kind)
 	}
 	row := Row{
-		ID: d.rowID(t), Topic: m.column(t.topic), Key: m.column(t.key),
+		ID: id, Topic: m.column(t.topic), Key: m.column(t.key),
 		Payload: m.column(t.payload), Headers: m.column(t.headers),
-		Time: d.time, Position: d.position, hex: t.hex, idFault: t.idFault(m.row),
+		Time: d.time, Position: d.position, hex: t.hex, idFault: idFault,
 	}
 	if t.row != nil {
 		var err error
@@ -350,12 +351,12 @@ func (d *Decoder) addRow(t *table, batch *event.Batch) {
 	batch.Rows = append(batch.Rows, event.Row{Events: len(batch.Events), Table: t.number, XID: d.xid, Key: batch.Copy(d.text)})
 }
 
-// rowID returns the id of the event of the row at hand, or nil if that cannot be told.
-func (d *Decoder) rowID(t *table) []byte {
-	if t.buffer.ID == "" || t.idFault(d.insert.row) != "" {
-		return d.positionID()
+// rowID returns the id of the event of the row at hand, or nil if that cannot be told, and why it is not the row's own, if that has one.
+func (d *Decoder) rowID(t *table) (id []byte, fault string) {
+	if fault = t.idFault(d.insert.row); t.buffer.ID == "" || fault != "" {
+		return d.positionID(), fault
 	}
-	return d.insert.column(t.id)
+	return d.insert.column(t.id), ""
 }
 
 // positionID returns the id of an event whose position is its id, valid until it is called again. It is the position in which the event was

@@ -105,8 +105,8 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 	n := len(letters)
 	var (
 		ids, topics, types, positions, places = make([]string, 0, n), make([]string, 0, n), make([]string, 0, n), make([]string, 0, n), make([]string, 0, n)
-		reasons, details, states              = make([]string, 0, n), make([]string, 0, n), make([]string, 0, n)
-		keys, payloads, headers, faults       = make([]*string, 0, n), make([]*string, 0, n), make([]*string, 0, n), make([]*string, 0, n)
+		reasons, details, faults, states      = make([]string, 0, n), make([]string, 0, n), make([]string, 0, n), make([]string, 0, n)
+		keys, payloads, headers               = make([]*string, 0, n), make([]*string, 0, n), make([]*string, 0, n)
 		contents                              = make([][]byte, 0, n)
 		times                                 = make([]time.Time, 0, n)
 		firsts, lasts                         = make([]*time.Time, 0, n), make([]*time.Time, 0, n)
@@ -152,12 +152,7 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 		ids, topics, keys, payloads, contents = append(ids, l.ID), append(topics, l.Topic), append(keys, l.Key), append(payloads, payload), append(contents, content)
 		types, headers, times = append(types, l.ContentType), append(headers, header), append(times, l.Time)
 		positions, places, epochs = append(positions, l.Position.String()), append(places, place), append(epochs, int32(l.Position.Epoch))
-		if fault == "" {
-			faults = append(faults, nil)
-		} else {
-			faults = append(faults, &fault)
-		}
-		replays, reasons, details, states = append(replays, l.Replay), append(reasons, reason), append(details, detail), append(states, state)
+		replays, reasons, details, faults, states = append(replays, l.Replay), append(reasons, reason), append(details, detail), append(faults, fault), append(states, state)
 		attempts, firsts, lasts = append(attempts, int32(l.Attempts)), append(firsts, orNull(l.FirstAt)), append(lasts, orNull(l.LastAt))
 	}
 	return update(ctx, db, r, "store dead letters", `WITH `+term+`, l AS (
@@ -169,7 +164,7 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 			INSERT INTO ebb.dead_letter AS d (slot, event_id, topic, key, payload, payload_bytes, content_type, headers, event_time, position, place,
 				epoch, replay, fault, reason, detail, attempts, first_at, last_at, state)
 			SELECT slot.name, event_id, topic, key, payload::json, payload_bytes, content_type, headers::json, event_time, position, place,
-				epoch, replay, fault, reason, detail, attempts, coalesce(first_at, clock_timestamp()), coalesce(last_at, clock_timestamp()),
+				epoch, replay, nullif(fault, ''), reason, detail, attempts, coalesce(first_at, clock_timestamp()), coalesce(last_at, clock_timestamp()),
 				coalesce((SELECT q.state FROM ebb.dead_letter q WHERE q.slot = slot.name AND left(q.key, 500) = left(l.key, 500) AND q.key = l.key
 					AND q.`+queued+` ORDER BY q.number LIMIT 1), l.state)
 			FROM slot, l ORDER BY l.n
