@@ -267,7 +267,7 @@ func (db *Database) drop(ctx context.Context) error {
 			}
 			_, err := conn.Exec(ctx, "SELECT pg_drop_replication_slot($1)", slot.SlotName)
 			pgErr := (*pgconn.PgError)(nil)
-			if err != nil && !(errors.As(err, &pgErr) && (pgErr.Code == "42704" || pgErr.Code == "55006")) {
+			if err != nil && !inUse(err) && !(errors.As(err, &pgErr) && pgErr.Code == "42704") {
 				// Gone meanwhile (a temporary slot), or still in use, is not an error: the next round sees.
 				return fmt.Errorf("drop slot %q: %w", slot.SlotName, err)
 			}
@@ -299,7 +299,8 @@ func (db *Database) Connect(t testing.TB) *pgx.Conn {
 }
 
 // Exec runs the statements in a session of their own, each in its own transaction. One of them may itself be several, divided by
-// semicolons; these then share a transaction. A test with many statements is faster with Connect.
+// semicolons; these then share a transaction. A slot that is still in use is waited for: the walsender of a connection that was
+// closed takes a moment to notice. A test with many statements is faster with Connect.
 func (db *Database) Exec(t testing.TB, statements ...string) {
 	t.Helper()
 	ctx, cancel := callContext(t)
@@ -310,10 +311,22 @@ func (db *Database) Exec(t testing.TB, statements ...string) {
 	}
 	defer conn.Close(ctx)
 	for _, statement := range statements {
-		if _, err := conn.PgConn().Exec(ctx, statement).ReadAll(); err != nil {
-			t.Fatalf("%s: %v", statement, err)
+		for {
+			_, err := conn.PgConn().Exec(ctx, statement).ReadAll()
+			if err == nil {
+				break
+			}
+			if !inUse(err) || sleep.For(ctx, 5*time.Millisecond) != nil {
+				t.Fatalf("%s: %v", statement, err)
+			}
 		}
 	}
+}
+
+// inUse reports whether Postgres refused because something, such as a slot, is in use by another session.
+func inUse(err error) bool {
+	var refused *pgconn.PgError
+	return errors.As(err, &refused) && refused.Code == "55006"
 }
 
 // Value runs a query in a session of its own and returns the single value it yields.

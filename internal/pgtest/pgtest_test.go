@@ -33,6 +33,25 @@ func TestNewIsADatabaseOfItsOwn(t *testing.T) {
 	}
 }
 
+// read opens a connection that streams from the slot of the database's name.
+func read(t *testing.T, db *Database) *pgconn.PgConn {
+	t.Helper()
+	db.Exec(t, "CREATE PUBLICATION p")
+	stream, err := pgconn.Connect(t.Context(), db.URL+"&replication=database")
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream.Frontend().SendQuery(&pgproto3.Query{String: "START_REPLICATION SLOT " + db.Name +
+		" LOGICAL 0/0 (proto_version '1', publication_names 'p')"})
+	if err := stream.Frontend().Flush(); err != nil {
+		t.Fatal(err)
+	}
+	Eventually(t, 5*time.Second, func() (bool, string) {
+		return Value[bool](t, db, "SELECT active FROM pg_replication_slots WHERE slot_name = $1", db.Name), "slot is not active"
+	})
+	return stream
+}
+
 func TestDatabaseIsDroppedWithItsSlots(t *testing.T) {
 	other := New(t)
 	var name string
@@ -40,24 +59,13 @@ func TestDatabaseIsDroppedWithItsSlots(t *testing.T) {
 		db := New(t)
 		name = db.Name
 		db.Exec(t, "SELECT pg_create_logical_replication_slot('"+db.Name+"_idle', 'pgoutput')",
-			"SELECT pg_create_logical_replication_slot('"+db.Name+"', 'pgoutput')", "CREATE PUBLICATION p")
+			"SELECT pg_create_logical_replication_slot('"+db.Name+"', 'pgoutput')")
 		// A session and a walsender that the test forgets to end.
 		forgotten, err := pgx.Connect(t.Context(), db.URL)
 		if err != nil {
 			t.Fatal(err)
 		}
-		stream, err := pgconn.Connect(t.Context(), db.URL+"&replication=database")
-		if err != nil {
-			t.Fatal(err)
-		}
-		stream.Frontend().SendQuery(&pgproto3.Query{String: "START_REPLICATION SLOT " + db.Name +
-			" LOGICAL 0/0 (proto_version '1', publication_names 'p')"})
-		if err := stream.Frontend().Flush(); err != nil {
-			t.Fatal(err)
-		}
-		Eventually(t, 5*time.Second, func() (bool, string) {
-			return Value[bool](t, db, "SELECT active FROM pg_replication_slots WHERE slot_name = $1", db.Name), "slot is not active"
-		})
+		read(t, db)
 		_ = forgotten
 	})
 	if n := Value[int](t, other, "SELECT count(*) FROM pg_replication_slots WHERE database = $1", name); n != 0 {
@@ -66,6 +74,16 @@ func TestDatabaseIsDroppedWithItsSlots(t *testing.T) {
 	if n := Value[int](t, other, "SELECT count(*) FROM pg_database WHERE datname = $1", name); n != 0 {
 		t.Errorf("database is left")
 	}
+}
+
+// A walsender outlives its connection for a moment.
+func TestExecWaitsForASlotInUse(t *testing.T) {
+	db := New(t)
+	db.Exec(t, "SELECT pg_create_logical_replication_slot('"+db.Name+"', 'pgoutput')")
+	stream := read(t, db)
+	closed := time.AfterFunc(100*time.Millisecond, func() { stream.Conn().Close() })
+	defer closed.Stop()
+	db.Exec(t, "SELECT pg_drop_replication_slot('"+db.Name+"')")
 }
 
 func TestNewServerIsPrivateAndMayBeStopped(t *testing.T) {
