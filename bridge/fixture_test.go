@@ -25,7 +25,7 @@ import (
 	"ebb/sql"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+func TestMain(m *testing.M) { pgtest.Main(m, natstest.Leaks()...) }
 
 // patience is how long a test waits for what must come.
 const patience = 60 * time.Second

@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 		go dieWithParent(os.Getppid())
 		main()
 	}
-	pgtest.Main(m)
+	pgtest.Main(m, natstest.Leaks()...)
 }
 
 // dieWithParent ends a program whose test was killed, and could not end it.

@@ -27,8 +27,6 @@ func (s *Server) Messages(t testing.TB, stream string) []Msg {
 
 func messages(t testing.TB, urls, stream string) []Msg {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
-	defer cancel()
 	conn, err := nats.Connect(urls)
 	if err != nil {
 		t.Fatal(err)
@@ -38,11 +36,19 @@ func messages(t testing.TB, urls, stream string) []Msg {
 	if err != nil {
 		t.Fatal(err)
 	}
-	messages, err := read(ctx, js, stream)
-	if err != nil {
-		t.Fatalf("read the stream %s: %v", stream, err)
+	// A consumer on a replica that has been restarted may stand still: the next one begins again.
+	for attempt := range 3 {
+		var messages []Msg
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 30*time.Second)
+		messages, err = read(ctx, js, stream)
+		cancel()
+		if err == nil {
+			return messages
+		}
+		t.Logf("read the stream %s, attempt %d: %v", stream, attempt, err)
 	}
-	return messages
+	t.Fatal(err)
+	return nil
 }
 
 func read(ctx context.Context, js jetstream.JetStream, name string) ([]Msg, error) {

@@ -12,9 +12,16 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"go.uber.org/goleak"
 
 	"ebb/internal/natsserver"
 )
+
+// Leaks are the goroutines that a server may leave behind: a stream's store that is made while the server shuts down is never closed.
+func Leaks() []goleak.Option {
+	const server = "github.com/nats-io/nats-server/v2/server"
+	return []goleak.Option{goleak.IgnoreAnyFunction(server + ".(*fileStore).flushStreamStateLoop"), goleak.IgnoreAnyFunction(server + "/ats.Register.func1")}
+}
 
 // Option changes the server that New starts.
 type Option func(*natsserver.Config)
