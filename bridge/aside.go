@@ -28,6 +28,8 @@ type Aside struct {
 	Rate float64
 	// Delivered, unless nil, is called with how many events more were delivered.
 	Delivered func(events int)
+	// LeftOut, unless nil, is called with each event that cannot be delivered, as its row makes none.
+	LeftOut func(id, fault string)
 }
 
 // RunAside delivers what was delivered between two places once more, to cfg.Sink. It does not begin again where it has ended: what was
@@ -157,7 +159,13 @@ func (a *Aside) feed(ctx context.Context, t *tap, in chan<- *event.Batch) error 
 			return ignoreEnd(ctx, err)
 		}
 		batch.Events = slices.DeleteFunc(batch.Events, func(e event.Event) bool {
-			return !within.has(&e) || !oneOf(a.Topics, e.Topic) || !oneOf(a.Keys, e.Key)
+			if !within.has(&e) || !oneOf(a.Topics, e.Topic) || !oneOf(a.Keys, e.Key) {
+				return true
+			}
+			if e.Fault != "" && a.LeftOut != nil {
+				a.LeftOut(string(e.ID), e.Fault)
+			}
+			return e.Fault != ""
 		})
 		batch.Marks = nil
 		n := len(batch.Events)

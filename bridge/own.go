@@ -2,6 +2,7 @@ package bridge
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net/url"
@@ -393,11 +394,15 @@ func (o *ownReader) append(batch *event.Batch, values [][]byte, at event.Positio
 // rowID is the id of an event of a table without an id column that has no position of its own: made of the primary key, so that it is the
 // same whenever the row is recovered.
 func rowID(t *sql.OwnTable, values [][]byte) []byte {
-	id := url.PathEscape(t.Schema) + "." + url.PathEscape(t.Name)
+	table := url.PathEscape(t.Schema) + "." + url.PathEscape(t.Name)
+	key := ""
 	for _, v := range values[:len(t.Key)] {
-		id += "/" + url.PathEscape(string(v))
+		key += "/" + url.PathEscape(string(v))
 	}
-	return []byte(id)
+	if len(table)+len(key) > decode.MaxID {
+		key = fmt.Sprintf("/%x", sha256.Sum256([]byte(key)))
+	}
+	return []byte(table + key)
 }
 
 // markAll marks or deletes rows, and waits for those that others have locked.

@@ -270,8 +270,11 @@ func (d *deadLetters) send(q *deadQueue, letters []sql.KeptLetter) error {
 		}
 		e := &batch.Events[i]
 		e.ContentType, e.Origin, e.Replay = l.ContentType, event.Retried, l.Replay
-		if l.Fault != "" {
+		switch {
+		case l.Fault != "":
 			e.Fault = l.Fault
+		case l.Payload == nil:
+			e.Fault = "payload and payload_bytes of ebb.dead_letter are NULL; set one of them"
 		}
 		sent[i] = retriedLetter{number: l.Number, passed: string(appendPassed(nil, l.ID, l.Position))}
 	}

@@ -26,10 +26,14 @@ type tap struct {
 // openTap opens a tap that begins with the transactions that commit at or behind an LSN. The trailing slot must not be ahead of that.
 func openTap(ctx context.Context, cfg *Config, db *pgxConn, record sql.SlotRecord, from event.LSN) (_ *tap, err error) {
 	t := &tap{most: maxBatchEvents}
-	dc := decode.Config{Epochs: record.Epochs}
-	for i := range cfg.Buffers {
-		dc.Buffers = append(dc.Buffers, cfg.Buffers[i].Buffer)
+	own, err := inspectOwn(ctx, db, cfg)
+	if err != nil {
+		return nil, err
 	}
+	for i := range own.buffers {
+		own.buffers[i].RowKey = nil // nothing is marked
+	}
+	dc := decode.Config{Epochs: record.Epochs, Buffers: own.buffers}
 	if dc.Token, err = sql.MessageToken(ctx, db); err != nil {
 		return nil, err
 	}

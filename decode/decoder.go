@@ -303,7 +303,11 @@ func (d *Decoder) decodeInsert(msg []byte, batch *event.Batch) error {
 	}
 	id, idFault := d.rowID(t)
 	if !d.passed || d.more < d.skip.More || d.skip.Held != nil {
-		left, err := d.leaveOut(id)
+		var own []byte
+		if idFault != "" {
+			own = m.column(t.id)
+		}
+		left, err := d.leaveOut(id, own)
 		if left {
 			d.addRow(t, batch)
 		}
@@ -369,16 +373,17 @@ func (d *Decoder) positionID() []byte {
 }
 
 // leaveOut reports whether the destination holds the event at hand already. It compares what comes by with what the destination is known to
-// hold.
-func (d *Decoder) leaveOut(id []byte) (bool, error) {
+// hold. Own, unless nil, is the id that the row has and that is not the event's: it was, if the event was delivered when nothing was wrong with it,
+// as before another table with numbers for ids was carried.
+func (d *Decoder) leaveOut(id, own []byte) (bool, error) {
 	through := d.position.Compare(d.skip.Through)
-	aside := d.skip.Aside != nil && d.skip.Aside(id, d.position)
+	aside := d.skip.Aside != nil && (d.skip.Aside(id, d.position) || own != nil && d.skip.Aside(own, d.position))
 	if d.position.Compare(d.skip.Since) > 0 && through <= 0 && !aside {
 		d.counted++
 	}
 	if through == 0 {
 		d.seen = true
-		if d.skip.ID != "" && id != nil && string(id) != d.skip.ID {
+		if d.skip.ID != "" && id != nil && string(id) != d.skip.ID && string(own) != d.skip.ID {
 			return false, d.positionsChanged(fmt.Sprintf("event %q", id))
 		}
 	}
@@ -399,7 +404,7 @@ func (d *Decoder) leaveOut(id []byte) (bool, error) {
 	case d.more < d.skip.More:
 		d.more++
 		d.last = d.position
-	case d.skip.Held != nil && d.skip.Held(id):
+	case d.skip.Held != nil && (d.skip.Held(id) || own != nil && d.skip.Held(own)):
 	default:
 		return false, nil
 	}

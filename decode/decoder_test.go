@@ -411,7 +411,7 @@ func TestFaults(t *testing.T) {
 		{nil, managed, insert(1, "n", "tt", "tk", "t1", "n"),
 			event.Event{ID: []byte("1:0/10:1"), Topic: []byte("t"), Key: []byte("k"), Payload: []byte("1"), Fault: `column "id" of ebb.buffer is NULL; declare it NOT NULL`}},
 		{nil, managed, insert(1, "t"+strings.Repeat("9", 1001), "tt", "n", "t1", "n"),
-			event.Event{ID: []byte("1:0/10:1"), Topic: []byte("t"), Payload: []byte("1"), Fault: `column "id" of ebb.buffer has 1001 bytes, and an id has 1000 at most`}},
+			event.Event{ID: []byte("1:0/10:1"), Topic: []byte("t"), Payload: []byte("1"), Fault: `column "id" of ebb.buffer has 1001 bytes, and an id has 1000 at most: ` + strings.Repeat("9", 1001)}},
 		{own(Buffer{ID: "n", NotNumber: true, TopicValue: "t", Payload: "payload"}), bytea, insert(1, "t5", `t\x61`),
 			event.Event{ID: []byte("1:0/10:1"), Topic: []byte("t"), Payload: []byte("a"), ContentType: "application/octet-stream",
 				Fault: `column "n" of ebb.buffer is a number, 5, and so are the ids of another buffer, so that one event could be taken for the other: use a uuid, or put something before it`}},
@@ -421,9 +421,13 @@ func TestFaults(t *testing.T) {
 			event.Event{ID: []byte("9"), Topic: []byte("t"), Headers: []event.Header{{Name: []byte("a"), Value: []byte("b")}},
 				Fault: `column "payload" of ebb.buffer is NULL; declare it NOT NULL`}},
 		{nil, managed, insert(1, "t9", "tt", "n", "t1", "t[]"),
-			event.Event{ID: []byte("9"), Topic: []byte("t"), Payload: []byte("1"), Fault: `column "headers" of ebb.buffer: want a JSON object`}},
+			event.Event{ID: []byte("9"), Topic: []byte("t"), Payload: []byte("1"), Fault: `column "headers" of ebb.buffer: want a JSON object: []`}},
 		{nil, managed, insert(1, "t9", "tt", "n", "t1", "t{"),
-			event.Event{ID: []byte("9"), Topic: []byte("t"), Payload: []byte("1"), Fault: `column "headers" of ebb.buffer: want a JSON object`}},
+			event.Event{ID: []byte("9"), Topic: []byte("t"), Payload: []byte("1"), Fault: `column "headers" of ebb.buffer: want a JSON object: {`}},
+		{nil, managed, insert(1, "t9", "tt", "n", "t1", "t null"), event.Event{ID: []byte("9"), Topic: []byte("t"), Payload: []byte("1")}},
+		{nil, managed, insert(1, "t9", "n", "n", "n", "t"+strings.Repeat("x", 100_001)),
+			event.Event{ID: []byte("9"), Fault: `column "topic" of ebb.buffer is NULL; declare it NOT NULL, and column "payload" of ebb.buffer is NULL; declare it NOT NULL, ` +
+				`and column "headers" of ebb.buffer: want a JSON object: ` + strings.Repeat("x", 100_000) + `... (100001 bytes)`}},
 		{own(Buffer{ID: "n", TopicValue: "t", Payload: "payload"}), bytea, insert(1, "t5", "n"),
 			event.Event{ID: []byte("5"), Topic: []byte("t"), ContentType: "application/octet-stream", Fault: `column "payload" of ebb.buffer is NULL; declare it NOT NULL`}},
 	} {
@@ -444,6 +448,40 @@ func TestFaults(t *testing.T) {
 		}
 		if a, b := batch.Events[0].Fault, batch.Events[1].Fault; a != b {
 			t.Errorf("the same row again has fault %q, want %q", b, a)
+		}
+	}
+}
+
+// What was delivered under an id that is a number is known again when another buffer has come whose ids are numbers.
+func TestLeaveOutByTheIDOfBefore(t *testing.T) {
+	buffers := []Buffer{{Schema: "ebb", Table: "buffer", ID: "id", NotNumber: true, TopicValue: "t", Payload: "payload"}}
+	at := func(index uint64) event.Position { return event.Position{Epoch: 1, Commit: 16, Index: index} }
+	is := func(id string) func([]byte) bool { return func(b []byte) bool { return string(b) == id } }
+	for _, test := range []struct {
+		name string
+		skip Skip
+		want []string
+	}{
+		{"nothing", Skip{}, []string{"1:0/10:1", "1:0/10:2", "1:0/10:3"}},
+		{"the tail", Skip{Through: at(2), ID: "8", Comes: true}, []string{"1:0/10:3"}},
+		{"the tail, by position", Skip{Through: at(2), ID: "1:0/10:2", Comes: true}, []string{"1:0/10:3"}},
+		{"held", Skip{Through: at(1), ID: "7", Held: is("8")}, []string{"1:0/10:3"}},
+		{"held, by position", Skip{Through: at(1), ID: "7", Held: is("1:0/10:2")}, []string{"1:0/10:3"}},
+		{"set aside", Skip{Through: at(3), ID: "9", Counted: true, Count: 2, Aside: func(id []byte, _ event.Position) bool { return is("8")(id) }}, nil},
+	} {
+		d, batch := New(Config{Epochs: epoch(1), Buffers: buffers, Skip: test.skip}), event.NewBatch()
+		for _, msg := range [][]byte{begin(16), managed, insert(1, "t7", "tt", "n", "t1", "n"), insert(1, "t8", "tt", "n", "t1", "n"),
+			insert(1, "t9", "tt", "n", "t1", "n"), commit(16)} {
+			if err := d.Decode(msg, batch); err != nil {
+				t.Fatalf("%s: %v", test.name, err)
+			}
+		}
+		var got []string
+		for _, e := range batch.Events {
+			got = append(got, string(e.ID))
+		}
+		if diff := gocmp.Diff(test.want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", test.name, diff)
 		}
 	}
 }

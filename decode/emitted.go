@@ -102,7 +102,7 @@ func (d *Decoder) decodeMessage(msg []byte, batch *event.Batch) error {
 		return err
 	}
 	if !d.passed || d.more < d.skip.More || d.skip.Held != nil {
-		if left, err := d.leaveOut(d.positionID()); left || err != nil {
+		if left, err := d.leaveOut(d.positionID(), nil); left || err != nil {
 			return err
 		}
 	}

@@ -12,12 +12,15 @@ import (
 var errNotObject = errors.New("want a JSON object")
 
 // appendHeaders turns a JSON object into headers in the batch's memory, in the order of the object. The value of a string is its
-// content, that of anything else its JSON text. What is no valid UTF-8 becomes U+FFFD in a string, as in encoding/json.
+// content, that of anything else its JSON text. The JSON value null, which many libraries write for an empty map, is no headers. What is no valid UTF-8 becomes U+FFFD in a string, as in encoding/json.
 func appendHeaders(batch *event.Batch, object []byte) ([]event.Header, error) {
 	if !json.Valid(object) {
 		return nil, errNotObject
 	}
 	s := objectScanner{bytes.TrimLeft(object, jsonSpace)}
+	if s.rest[0] == 'n' {
+		return nil, nil
+	}
 	if s.rest[0] != '{' {
 		return nil, errNotObject
 	}

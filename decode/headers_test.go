@@ -14,6 +14,9 @@ import (
 
 // headersByDecoder does what appendHeaders does, by encoding/json's token stream.
 func headersByDecoder(object []byte) (headers []event.Header, ok bool) {
+	if string(bytes.TrimSpace(object)) == "null" {
+		return nil, true
+	}
 	d := json.NewDecoder(bytes.NewReader(object))
 	if t, err := d.Token(); err != nil || t != json.Delim('{') {
 		return nil, false

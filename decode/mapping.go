@@ -113,13 +113,13 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 	case b.Topic == "":
 		e.Topic = append(batch.Alloc(len(b.TopicValue))[:0], b.TopicValue...)
 	case row.Topic == nil:
-		e.Fault = b.isNull(b.Topic)
+		e.Fault = alsoFault(e.Fault, b.isNull(b.Topic))
 	default:
 		e.Topic = batch.Copy(row.Topic)
 	}
 	var err error
 	if e.Key = batch.Copy(row.Key); row.Payload == nil {
-		e.Fault = b.isNull(b.Payload)
+		e.Fault = alsoFault(e.Fault, b.isNull(b.Payload))
 	} else if !row.hex {
 		e.Payload = batch.Copy(row.Payload)
 	} else if e.Payload, err = unhex(batch, row.Payload); err != nil {
@@ -127,23 +127,40 @@ func (b *Buffer) append(batch *event.Batch, row *Row, contentType string, origin
 	}
 	if row.Headers != nil {
 		if e.Headers, err = appendHeaders(batch, row.Headers); err != nil {
-			e.Fault = fmt.Sprintf("column %q of %s: %v", b.Headers, b.name(), err)
+			e.Fault = alsoFault(e.Fault, fmt.Sprintf("column %q of %s: %v: %s", b.Headers, b.name(), err, excerpt(row.Headers)))
 		}
 	}
 	batch.Events = append(batch.Events, e)
 	return nil
 }
 
-// maxID is how many bytes an id may have: the dead letters are found by it, in an index.
-const maxID = 1000
+// alsoFault adds a fault to those that an event has.
+func alsoFault(faults, more string) string {
+	if faults == "" {
+		return more
+	}
+	return faults + ", and " + more
+}
+
+// excerpt is what a fault repeats of a column that is kept nowhere else.
+func excerpt(text []byte) string {
+	const most = 100_000
+	if len(text) <= most {
+		return string(text)
+	}
+	return fmt.Sprintf("%s... (%d bytes)", text[:most], len(text))
+}
+
+// MaxID is how many bytes an id may have: the dead letters are found by it, in an index.
+const MaxID = 1000
 
 // idFault says why an id, nil if it is NULL, cannot be that of an event, or returns "".
 func (b *Buffer) idFault(id []byte) string {
 	switch {
 	case id == nil:
 		return b.isNull(b.ID)
-	case len(id) > maxID:
-		return fmt.Sprintf("column %q of %s has %d bytes, and an id has %d at most", b.ID, b.name(), len(id), maxID)
+	case len(id) > MaxID:
+		return fmt.Sprintf("column %q of %s has %d bytes, and an id has %d at most: %s", b.ID, b.name(), len(id), MaxID, excerpt(id))
 	case b.NotNumber && isRowNumber(id):
 		return fmt.Sprintf("column %q of %s is a number, %s, and so are the ids of another buffer, so that one event could be taken for the other: "+
 			"use a uuid, or put something before it", b.ID, b.name(), id)

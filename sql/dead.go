@@ -51,6 +51,8 @@ const (
 	deadChannel = "ebb_dead"
 	// queued is true of the rows that queues consist of.
 	queued = "state IN ('parked', 'retrying')"
+	// mended is true of a row whose event had a fault, which somebody has mended, when the event comes by again as it is in the log.
+	mended = "d.fault IS NULL AND excluded.fault IS NOT NULL"
 	// term is that of the leader whose statement it is: no other one's applies, and none begins before it has ended.
 	term = "slot AS (SELECT name FROM ebb.slot WHERE name = $1 AND term = $2 FOR SHARE)"
 )
@@ -64,8 +66,8 @@ func ListenForDecisions(ctx context.Context, db *pgx.Conn) (channel string, err 
 }
 
 // StoreLetters keeps events, in order, each behind those that are there of its key, whose state it gets. One that is there already, by its id and
-// place, stays as it is, unless it is there from an earlier epoch and not discarded: then it has come by again, and goes to the end. The error is
-// ErrSuperseded when the record's term is over.
+// place, stays as it is, unless it is there from an earlier epoch and not discarded: then it has come by again, and goes to the end. What was mended
+// in it stays even then. The error is ErrSuperseded when the record's term is over.
 //
 // What Postgres does not take as text or JSON is stored as bytes, or escaped.
 func StoreLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Letter) error {
@@ -127,8 +129,8 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 		if as < inBytes && l.ContentType == jsonType && isJSON(content) {
 			text := string(content)
 			payload, content = &text, nil
-		} else if content == nil {
-			content = []byte{}
+		} else if content == nil && l.Fault == "" {
+			content = []byte{} // rather than no payload at all
 		}
 		state := "parked"
 		if l.Retry {
@@ -169,14 +171,18 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 					AND q.`+queued+` ORDER BY q.number LIMIT 1), l.state)
 			FROM slot, l ORDER BY l.n
 			ON CONFLICT (slot, event_id, place) DO UPDATE SET
-				number = DEFAULT, topic = excluded.topic, key = excluded.key, payload = excluded.payload, payload_bytes = excluded.payload_bytes,
-				content_type = excluded.content_type, headers = excluded.headers, event_time = excluded.event_time, position = excluded.position,
-				epoch = excluded.epoch, replay = excluded.replay, fault = excluded.fault,
-				state = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` AND d.key IS NULL THEN d.state ELSE excluded.state END,
+				(topic, key, payload, payload_bytes, content_type, headers, fault) = (
+					SELECT d.topic, d.key, d.payload, d.payload_bytes, d.content_type, d.headers, d.fault WHERE `+mended+`
+					UNION ALL
+					SELECT excluded.topic, excluded.key, excluded.payload, excluded.payload_bytes, excluded.content_type, excluded.headers, excluded.fault
+					WHERE NOT (`+mended+`)),
+				number = DEFAULT, event_time = excluded.event_time, position = excluded.position, epoch = excluded.epoch, replay = excluded.replay,
+				state = CASE WHEN (excluded.reason = 'queued' OR `+mended+`) AND d.`+queued+` AND d.key IS NULL THEN d.state ELSE excluded.state END,
 				stream_seq = NULL, destination = NULL, decided_by = NULL, decided_at = NULL,
 				-- Why it waits does not change by that it has to wait behind others now.
 				reason = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.reason ELSE excluded.reason END,
-				detail = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.detail ELSE excluded.detail END,
+				detail = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.detail
+					WHEN excluded.reason <> 'queued' AND `+mended+` THEN 'it is mended here, and can be retried as it is' ELSE excluded.detail END,
 				attempts = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.attempts ELSE excluded.attempts END,
 				first_at = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.first_at ELSE excluded.first_at END,
 				last_at = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.last_at ELSE excluded.last_at END

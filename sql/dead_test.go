@@ -149,6 +149,7 @@ func TestDeadLettersComeBackAsTheyWere(t *testing.T) {
 				{Payload: []byte("plain \x00 \xff bytes"), ContentType: "application/octet-stream"},
 				{Payload: []byte(`{"json": "as text"}`), ContentType: "text/plain; charset=utf-8"},
 				{Payload: []byte{}, Topic: "", ContentType: ""},
+				{Fault: "there is no payload", ContentType: js},
 				{Payload: []byte("{}"), ContentType: js, Key: &key, Topic: "tøpic", Reason: "ä", Detail: "中 \x00 \xff",
 					Headers: sql.HeadersJSON([]event.Header{h("z", "1"), h("a", "é\"\\<&>\n"), h("z", "2"), h("", "")})},
 				{Payload: []byte("{}"), ContentType: js, Headers: sql.HeadersJSON([]event.Header{h("h", "\x00 中 😀")})},
@@ -238,6 +239,34 @@ func TestDeadLettersComeByAgain(t *testing.T) {
 	}
 	if got := pgtest.Value[string](t, db, "SELECT concat_ws(' ', attempts, position, replay) FROM ebb.dead_letter WHERE event_id = '4'"); got != "0 2:0/64:4 7" {
 		t.Errorf("the one that had been delivered is %s", got)
+	}
+}
+
+// What was mended in an event stays when that comes by again, with the fault that it has in the log.
+func TestMendedLettersStay(t *testing.T) {
+	db, conn, r := deadFixture(t)
+	faulty := func(epoch uint32, index uint64, key string) sql.Letter {
+		l := letterAt(epoch, index, key)
+		l.Topic, l.Payload, l.Fault, l.Reason, l.Detail = "", nil, "topic is NULL", "impossible event", "topic is NULL"
+		return l
+	}
+	mended := []string{"1 a", "2 b", "3 ", "4 "} // and "5" is not
+	for i, name := range append(mended, "5 c") {
+		_, key, _ := strings.Cut(name, " ")
+		store(t, conn, r, faulty(1, uint64(i+1), key))
+	}
+	db.Exec(t, "UPDATE ebb.dead_letter SET fault = NULL, topic = 't', payload = '\"mended\"', headers = '{\"h\": \"v\"}', content_type = 'text/json' WHERE event_id <> '5'",
+		"UPDATE ebb.dead_letter SET state = 'delivered' WHERE event_id IN ('2', '3')", "UPDATE ebb.dead_letter SET state = 'retrying' WHERE event_id = '4'")
+	later := faulty(2, 1, "a")
+	later.Reason = "queued"
+	store(t, conn, r, later, faulty(2, 2, "b"), faulty(2, 3, ""), faulty(2, 4, ""), faulty(2, 5, "c"))
+	got := pgtest.Value[[]string](t, db, "SELECT array_agg(concat_ws(' ', event_id, state, topic, key, coalesce(payload::text, '-'), headers, content_type, coalesce(fault, '-'), "+
+		"epoch, reason, detail) ORDER BY number) FROM ebb.dead_letter")
+	const content, again = `"mended" {"h": "v"} text/json - 2 impossible event `, "it is mended here, and can be retried as it is"
+	want := []string{"1 parked t a " + content + "topic is NULL", "2 parked t b " + content + again, "3 parked t " + content + again, "4 retrying t " + content + again,
+		"5 parked  c - application/json topic is NULL 2 impossible event topic is NULL"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
 	}
 }
 

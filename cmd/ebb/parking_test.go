@@ -237,7 +237,7 @@ func TestRowsWithoutAnEventAreParked(t *testing.T) {
 	j := newJudge(t, all(200))
 	db := pgtest.New(t)
 	db.Exec(t, "CREATE TABLE loose (n serial PRIMARY KEY, id text, topic text, key text, doc jsonb, extra jsonb, done timestamptz)")
-	s := newSite(t, db, j.URL, "buffers:", "  - table: ebb.buffer", "  - {table: loose, id: id, topic: topic, key: key, payload: doc, headers: extra, delivered: mark, recorded: done}")
+	s := newSite(t, db, j.URL, "replay: {window: 1h}", "buffers:", "  - table: ebb.buffer", "  - {table: loose, id: id, topic: topic, key: key, payload: doc, headers: extra, delivered: mark, recorded: done}")
 	s.setup(t)
 	db.Exec(t, `INSERT INTO loose (id, topic, key, doc, extra) VALUES ('a', 't', 'k1', '1', '{"h": "v"}'), (NULL, 't', NULL, '2', NULL), ('c', NULL, 'k1', '3', NULL),
 		('d', 't', 'k2', NULL, '{"h": "v"}'), ('e', 't', 'k3', '5', '[]'), ('f', 't', 'k1', '6', NULL), ('g', 't', 'k4', '7', NULL), ('8', 't', NULL, '8', NULL)`)
@@ -266,7 +266,7 @@ func TestRowsWithoutAnEventAreParked(t *testing.T) {
 		"at a position, 8": `impossible event, column "id" of public.loose is a number, 8, and so are the ids of another buffer, so that one event could be taken for ` +
 			`the other: use a uuid, or put something before it`,
 		"at a position, 2": "impossible event, " + fmt.Sprintf(null, "id"), "c": "impossible event, " + fmt.Sprintf(null, "topic"), "f": "queued, ",
-		"d": "impossible event, " + fmt.Sprintf(null, "doc"), "e": `impossible event, column "extra" of public.loose: want a JSON object`,
+		"d": "impossible event, " + fmt.Sprintf(null, "doc"), "e": `impossible event, column "extra" of public.loose: want a JSON object: []`,
 	}
 	if !maps.Equal(got, want) {
 		t.Errorf("set aside\n%v, want\n%v", got, want)
@@ -282,7 +282,18 @@ func TestRowsWithoutAnEventAreParked(t *testing.T) {
 		slices.Index(got, "c") > slices.Index(got, "f") {
 		t.Errorf("taken: %q, want %q", got, want)
 	}
+
+	// A replay leaves alone what was mended.
+	s.confirms(t, 20*time.Second)
+	out := s.ebb(t, "replay", "--aside", "--from", "trail", "--sink", "stdout").must(t)
+	if n := strings.Count(out.stdout, "\n"); n != 3 || !strings.Contains(out.stderr, "left out rows that make no event") || !strings.Contains(out.stderr, "rows=5") {
+		t.Errorf("replayed aside:\n%s%s", out.stdout, out.stderr)
+	}
+	s.ebb(t, "replay", "--from", "trail").must(t)
+	s.awaitLetters(t, 6, "'parked'")
+	s.ebb(t, "dead", "retry", "c", "d").must(t)
 	bridge.stop(t)
+	equalIDs(t, "after the replay", slices.Sorted(slices.Values(j.taken)), []string{"a", "a", "c", "c", "d", "d", "f", "f", "g", "g"})
 }
 
 // TestDiscarded: an event that is given up is never delivered, not by a replay either; what is behind it goes on.

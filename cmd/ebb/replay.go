@@ -292,13 +292,22 @@ func (r *replay) aside(ctx context.Context, from, to bridge.Place, total int64) 
 		bar = &progress{} // among the events
 	}
 	defer bar.end()
-	n := int64(0)
+	var n, leftOut int64
+	var first string
 	err = bridge.RunAside(ctx, bc, bridge.Aside{From: from, To: to, FromTable: r.flags.fromTable, Topics: r.flags.topics, Keys: r.flags.keys, Rate: r.flags.rate,
 		Delivered: func(events int) {
 			n += int64(events)
 			bar.at(n)
+		},
+		LeftOut: func(id, fault string) {
+			if leftOut++; leftOut == 1 {
+				first = fmt.Sprintf("event %s: %s", id, fault)
+			}
 		}})
 	bar.end()
+	if leftOut > 0 {
+		r.log.Warn("left out rows that make no event", "rows", leftOut, "first", first)
+	}
 	var api *natsjs.APIError
 	switch {
 	case errors.As(err, &api) && api.ErrorCode == subjectsOverlap:
@@ -306,7 +315,7 @@ func (r *replay) aside(ctx context.Context, from, to bridge.Place, total int64) 
 	case err != nil:
 		return fmt.Errorf("after %d events: %w", n, err)
 	case r.flags.json && cfg.Sink != "stdout":
-		return r.record(map[string]any{"delivered": n})
+		return r.record(map[string]any{"delivered": n, "left_out": leftOut})
 	case cfg.Sink != "stdout":
 		fmt.Fprintf(r.out, "delivered %d events\n", n)
 	}

@@ -567,6 +567,12 @@ func (s *Server) alterSystem(ctx context.Context, name, command string) error {
 	if err != nil {
 		return fmt.Errorf("reload the configuration: %w", err)
 	}
+	if name == "synchronous_standby_names" {
+		// Whether commits wait at all, the checkpointer tells everybody, once it has reloaded the files as well: before its next checkpoint.
+		if _, err := conn.Exec(ctx, "CHECKPOINT"); err != nil {
+			return fmt.Errorf("have the checkpointer reload the configuration: %w", err)
+		}
+	}
 	return nil
 }
 

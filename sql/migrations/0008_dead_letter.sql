@@ -30,7 +30,7 @@ CREATE TABLE ebb.dead_letter (
     CHECK (payload IS NULL OR payload_bytes IS NULL)
 );
 COMMENT ON TABLE ebb.dead_letter IS 'Events that were set aside, and behind them, by number, later ones of the same key. See ebb dead.';
-COMMENT ON COLUMN ebb.dead_letter.payload IS 'The payload, if it is JSON; otherwise payload_bytes holds it.';
+COMMENT ON COLUMN ebb.dead_letter.payload IS 'The payload, if it is JSON; otherwise payload_bytes holds it. Both are NULL where the row has none, which is a fault.';
 COMMENT ON COLUMN ebb.dead_letter.fault IS 'Why its row made no event. To have it delivered, set what is missing, and this to NULL.';
 COMMENT ON COLUMN ebb.dead_letter.reason IS 'Why it was set aside; ''queued'' is an event behind another one of its key.';
 COMMENT ON COLUMN ebb.dead_letter.detail IS 'What the receiver said, or what can be done.';
