@@ -114,7 +114,7 @@ func TestMarkSkipsWhatIsLocked(t *testing.T) {
 		if err != nil || !slices.Equal(locked, []int{1, 3, 7}) {
 			t.Errorf("locked are %v, %v", locked, err)
 		}
-		if took := time.Since(began); took > 500*time.Millisecond {
+		if took := time.Since(began); took > 5*time.Second {
 			t.Errorf("it took %s", took)
 		}
 		exec(conn, "COMMIT")

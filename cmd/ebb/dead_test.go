@@ -378,7 +378,7 @@ func TestDeadRetry(t *testing.T) {
 		if err := p.cmd.Process.Signal(syscall.SIGINT); err != nil {
 			t.Fatal(err)
 		}
-		if code := p.ended(t, 10*time.Second); code != exitOK || !strings.HasSuffix(p.stdout.String(),
+		if code := p.ended(t, 30*time.Second); code != exitOK || !strings.HasSuffix(p.stdout.String(),
 			"\nthe retry of 1 event goes on in the bridge: ebb dead list --state retrying shows what is left\n") {
 			t.Errorf("exit code %d, printed %q", code, p.stdout.String())
 		}

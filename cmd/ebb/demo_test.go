@@ -48,7 +48,7 @@ func leftNothing(t *testing.T, dir string) {
 		t.Errorf("left behind: %s", e.Name())
 	}
 	// The last processes of a Postgres server that was ended at once may need a moment.
-	pgtest.Eventually(t, 5*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		links, err := filepath.Glob("/proc/[0-9]*/cwd")
 		if err != nil {
 			t.Fatal(err)
@@ -195,11 +195,11 @@ func TestDemoThatIsKept(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pgtest.Eventually(t, 10*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		return strings.Contains(p.stdout.String(), "membership.changed of A2"), "the event does not arrive"
 	})
 	p.cmd.Process.Signal(os.Interrupt)
-	if code := p.ended(t, 20*time.Second); code != exitOK {
+	if code := p.ended(t, 30*time.Second); code != exitOK {
 		t.Errorf("exit code %d, want %d", code, exitOK)
 	}
 	leftNothing(t, dir)
@@ -213,7 +213,7 @@ func TestDemoInterrupted(t *testing.T) {
 			p := start(t, in(dir, nil), "demo")
 			pgtest.Eventually(t, time.Minute, func() (bool, string) { return strings.Contains(p.stdout.String(), at), "not there" })
 			p.cmd.Process.Signal(syscall.SIGTERM)
-			if code := p.ended(t, 20*time.Second); code != exitFailed {
+			if code := p.ended(t, 30*time.Second); code != exitFailed {
 				t.Errorf("exit code %d, want %d: the demo has shown nothing", code, exitFailed)
 			}
 			leftNothing(t, dir)

@@ -17,7 +17,7 @@ func TestDestinationChanges(t *testing.T) {
 	toOther := newSite(t, db, broker.URL(), "nats: {stream: OTHER, subject: 'other.{topic}'}")
 	toStdout.setup(t)
 	recorded := func(s *site) {
-		pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+		pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 			return s.statusJSON(t, exitOK)["backlog"].(map[string]any)["events"] == 0.0, "the backlog is not empty"
 		})
 	}
@@ -72,7 +72,7 @@ func TestStreamThatForgot(t *testing.T) {
 	s.setup(t)
 	recorded := func() {
 		t.Helper()
-		pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+		pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 			return s.statusJSON(t, exitOK)["backlog"].(map[string]any)["events"] == 0.0, "the backlog is not empty"
 		})
 	}
@@ -90,7 +90,7 @@ func TestStreamThatForgot(t *testing.T) {
 	bridge.stop(t)
 	forget()
 	bridge = s.streaming(t)
-	delivered(t, broker, 20*time.Second, 5)
+	delivered(t, broker, 40*time.Second, 5)
 	recorded()
 	bridge.stop(t)
 	equalIDs(t, "the stream that was filled in again", streamIDs(t, broker), s.ids(t))
@@ -106,7 +106,7 @@ func TestStreamThatForgot(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(bridge.kill)
-	delivered(t, broker, 20*time.Second, 4)
+	delivered(t, broker, 40*time.Second, 4)
 	recorded()
 	bridge.stop(t)
 	equalIDs(t, "the stream with a gap", streamIDs(t, broker), s.ids(t))
@@ -119,7 +119,7 @@ func TestAdoptedStream(t *testing.T) {
 	s.setup(t)
 	s.put(t, 1)
 	bridge := s.streaming(t)
-	delivered(t, broker, 20*time.Second, 1)
+	delivered(t, broker, 40*time.Second, 1)
 	bridge.stop(t)
 	s.ebb(t, "teardown", "--yes").must(t)
 	s.setup(t)
@@ -130,11 +130,11 @@ func TestAdoptedStream(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(bridge.kill)
-	delivered(t, broker, 20*time.Second, 2)
+	delivered(t, broker, 40*time.Second, 2)
 	bridge.stop(t)
 	s.put(t, 3)
 	bridge = s.streaming(t) // without being told again
-	delivered(t, broker, 20*time.Second, 3)
+	delivered(t, broker, 40*time.Second, 3)
 	bridge.stop(t)
 	equalIDs(t, "the adopted stream", streamIDs(t, broker), []string{"1", "1", "2"})
 }

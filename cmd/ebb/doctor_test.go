@@ -201,7 +201,7 @@ func TestRolesOfTheirOwn(t *testing.T) {
 	if n := len(broker.Messages(t, "EBB")); n != 3 {
 		t.Errorf("%d messages are in the stream when COMMIT has returned, want 3", n)
 	}
-	pgtest.Eventually(t, 10*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		n := pgtest.Value[int](t, service, "SELECT backlog::int FROM ebb.status")
 		return n == 0, fmt.Sprintf("%d events in the backlog", n)
 	})
@@ -212,7 +212,7 @@ func TestRolesOfTheirOwn(t *testing.T) {
 		t.Errorf("status: %v", v)
 	}
 	bridge.stop(t)
-	pgtest.Eventually(t, 10*time.Second, func() (bool, string) { // its sessions end a moment later
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) { // its sessions end a moment later
 		return pgtest.Value[bool](t, service, "SELECT NOT leader AND NOT active FROM ebb.status"), "a bridge leads still"
 	})
 	if r := s.ebb(t, "teardown", "--yes", "--postgres", s.urlOf("owner")).must(t); !strings.Contains(r.stdout, "reset it") {

@@ -47,15 +47,15 @@ func TestFlowLimit(t *testing.T) {
 		t.Errorf("status says\n%s", r.stdout)
 	}
 	bridge := s.streaming(t)
-	delivered(t, broker, 20*time.Second, n)
-	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+	delivered(t, broker, 40*time.Second, n)
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		v := s.statusJSON(t, exitOK)
 		return v["flow"] == "open", fmt.Sprint(v["flow"])
 	})
 	if err := put(); err != nil {
 		t.Error(err)
 	}
-	delivered(t, broker, 20*time.Second, n+1)
+	delivered(t, broker, 40*time.Second, n+1)
 	bridge.stop(t)
 
 	// The configuration of the bridge that leads counts.

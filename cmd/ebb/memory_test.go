@@ -54,7 +54,7 @@ func TestMemoryStaysFlatInAHugeTransaction(t *testing.T) {
 	db.Exec(t, `INSERT INTO ebb.buffer (topic, key, payload)
 		SELECT 'huge', 'k' || n % 100, json_build_object('n', n, 'filler', repeat('x', 80)) FROM generate_series(1, `+strconv.Itoa(events)+`) n`)
 	delivered(t, broker, 3*time.Minute, events)
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	peak := bridge.peakMemory(t)
 	t.Logf("%d events in one transaction: peak resident memory %.1f MB", events, float64(peak)/(1<<20))
 	if peak > limit {

@@ -134,7 +134,7 @@ func (r *ready) row(n int) string { return strings.ReplaceAll(r.insert, "$1", st
 // recorded waits until all but n rows are recorded as delivered.
 func (s *ownSite) recorded(n int64) {
 	s.t.Helper()
-	pgtest.Eventually(s.t, 20*time.Second, func() (bool, string) {
+	pgtest.Eventually(s.t, 30*time.Second, func() (bool, string) {
 		left := pgtest.Value[int64](s.t, s.db, s.left)
 		return left == n, fmt.Sprintf("%d rows are not recorded, want %d", left, n)
 	})
@@ -214,9 +214,9 @@ func TestReadyMappings(t *testing.T) {
 		}
 		s.setup(t)
 		bridge := s.streaming(t)
-		delivered(t, server, 20*time.Second, before)
+		delivered(t, server, 40*time.Second, before)
 		s.add(4)
-		delivered(t, server, 20*time.Second, before+4)
+		delivered(t, server, 40*time.Second, before+4)
 		s.recorded(0)
 		bridge.stop(t)
 		for i, m := range server.Messages(t, "EBB") {
@@ -242,7 +242,7 @@ func TestOwnTableSurvivesTheLossOfItsSlot(t *testing.T) {
 		s.setup(t)
 		bridge := s.streaming(t)
 		s.add(5)
-		delivered(t, server, 20*time.Second, 5)
+		delivered(t, server, 40*time.Second, 5)
 		bridge.kill() // some may not be marked
 		s.add(5)
 		s.dropSlot()
@@ -251,7 +251,7 @@ func TestOwnTableSurvivesTheLossOfItsSlot(t *testing.T) {
 		delivered(t, server, 30*time.Second, 15)
 		s.recorded(0)
 		s.add(1)
-		delivered(t, server, 20*time.Second, 16)
+		delivered(t, server, 40*time.Second, 16)
 		bridge.stop(t)
 		s.once(server)
 	})
@@ -260,7 +260,7 @@ func TestOwnTableSurvivesTheLossOfItsSlot(t *testing.T) {
 // dropSlot drops the slot, and the trailing one, from which it would come back.
 func (s *ownSite) dropSlot() {
 	s.t.Helper()
-	pgtest.Eventually(s.t, 20*time.Second, func() (bool, string) {
+	pgtest.Eventually(s.t, 30*time.Second, func() (bool, string) {
 		return pgtest.Value[int64](s.t, s.db, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1 AND NOT active", s.db.Name) == 1, "the slot is active"
 	})
 	s.db.Exec(s.t, fmt.Sprintf("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name IN ('%[1]s', '%[1]s_trail')", s.db.Name))
@@ -327,7 +327,7 @@ func TestOwnTableStart(t *testing.T) {
 	s.setup(t)
 	bridge := s.streaming(t)
 	s.add(1)
-	delivered(t, server, 20*time.Second, 1)
+	delivered(t, server, 40*time.Second, 1)
 	bridge.stop(t)
 	s.check(server.Messages(t, "EBB")[0], 3)
 
@@ -337,14 +337,14 @@ func TestOwnTableStart(t *testing.T) {
 	s.setup(t)
 	bridge = s.streaming(t)
 	s.add(1)
-	delivered(t, server, 20*time.Second, 3)
+	delivered(t, server, 40*time.Second, 3)
 	bridge.stop(t)
 	s.once(server)
 	// It has started: a slot that is made anew has nothing to tell of rows that are kept.
 	s.dropSlot()
 	bridge = s.streaming(t)
 	s.add(1)
-	delivered(t, server, 20*time.Second, 4)
+	delivered(t, server, 40*time.Second, 4)
 	bridge.stop(t)
 	if !strings.Contains(bridge.stderr.String(), "events of a table were lost") {
 		t.Error("it was not said that events may be lost")
@@ -373,8 +373,8 @@ func TestSeveralTables(t *testing.T) {
 		db.Exec(t, fmt.Sprintf(`BEGIN; INSERT INTO marked (n) VALUES (%d); INSERT INTO gone VALUES (%[1]d, 1), (%[1]d, 2);
 			SELECT ebb.put('managed', '{"n":%[1]d}'); INSERT INTO "Other"."Kept" VALUES (%[1]d); COMMIT`, n))
 	}
-	delivered(t, server, 20*time.Second, 5*rounds)
-	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+	delivered(t, server, 40*time.Second, 5*rounds)
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		left := pgtest.Value[int64](t, db, "SELECT (SELECT count(*) FROM marked WHERE done IS NOT TRUE) + (SELECT count(*) FROM gone)")
 		return left == 0, fmt.Sprintf("%d rows are left", left)
 	})
@@ -404,10 +404,10 @@ func TestLockedRow(t *testing.T) {
 			t.Fatal(err)
 		}
 		bridge := s.streaming(t)
-		delivered(t, server, 20*time.Second, 1)
+		delivered(t, server, 40*time.Second, 1)
 		before := s.confirmed(t)
 		s.add(20)
-		delivered(t, server, 20*time.Second, 21)
+		delivered(t, server, 40*time.Second, 21)
 		s.recorded(1)
 		if now := s.confirmed(t); now != before {
 			t.Errorf("confirmed %s while a delivered row is not recorded, before that %s", now, before)
@@ -416,7 +416,7 @@ func TestLockedRow(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.recorded(0)
-		s.confirms(t, 20*time.Second)
+		s.confirms(t, 40*time.Second)
 		bridge.stop(t)
 		s.once(server)
 	}
@@ -437,7 +437,7 @@ func TestOwnTableIsRecordedAtTheEnd(t *testing.T) {
 		s.setup(t)
 		bridge := s.streaming(t)
 		s.add(1200)
-		delivered(t, server, 20*time.Second, 1200)
+		delivered(t, server, 40*time.Second, 1200)
 		bridge.stop(t)
 		if left := pgtest.Value[int64](t, s.db, s.left); left != 0 {
 			t.Errorf("%d rows are not recorded", left)
@@ -465,7 +465,7 @@ func TestOwnTableOverHTTP(t *testing.T) {
 	}
 	bridge := s.streaming(t)
 	s.recorded(0)
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	bridge.stop(t)
 	mu.Lock()
 	defer mu.Unlock()
@@ -510,7 +510,7 @@ func TestDoctorAndFlowOfOwnTables(t *testing.T) {
 	s.db.Exec(t, "ALTER TABLE app.messages ADD COLUMN sent_at timestamptz")
 
 	s.db.Exec(t, "SELECT ebb.limit_inserts(true, 'app.messages')", "UPDATE ebb.flow SET limit_bytes = 1")
-	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		_, err := s.db.Connect(t).Exec(t.Context(), s.row(1))
 		return err != nil && strings.Contains(err.Error(), "the event buffer is full"), fmt.Sprintf("the insert ended with %v", err)
 	})

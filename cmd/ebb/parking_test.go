@@ -188,7 +188,7 @@ func TestPoisonIsParked(t *testing.T) {
 	})
 	bridge := s.streaming(t)
 	s.awaitLetters(t, 4, "'parked'")
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	if got := len(j.ids()); got != 16 {
 		t.Errorf("%d events were taken, want 16", got)
 	}
@@ -209,7 +209,7 @@ func TestPoisonIsParked(t *testing.T) {
 	bridge = s.streaming(t)
 	s.db.Exec(t, `SELECT ebb.put('t', json_build_object('n', n), 'key-' || n % 4) FROM generate_series(20, 27) n`)
 	s.awaitLetters(t, 6, "'parked'")
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	ids = s.ids(t)
 
 	if r := s.ebb(t, "dead", "retry", poison); r.code != exitFailed || !strings.Contains(r.stdout, "422") {
@@ -220,7 +220,7 @@ func TestPoisonIsParked(t *testing.T) {
 	s.ebb(t, "dead", "retry", "--key", "key-0").must(t)
 	s.awaitLetters(t, 6, "'delivered'")
 	s.db.Exec(t, `SELECT ebb.put('t', '{}', 'key-0')`)
-	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		n := len(j.ids())
 		return n == len(ids)+1, fmt.Sprintf("%d of %d events were taken", n, len(ids)+1)
 	})
@@ -243,7 +243,7 @@ func TestRowsWithoutAnEventAreParked(t *testing.T) {
 		('d', 't', 'k2', NULL, '{"h": "v"}'), ('e', 't', 'k3', '5', '[]'), ('f', 't', 'k1', '6', NULL), ('g', 't', 'k4', '7', NULL), ('8', 't', NULL, '8', NULL)`)
 	bridge := s.streaming(t)
 	s.awaitLetters(t, 6, "'parked'")
-	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		n := pgtest.Value[int](t, db, "SELECT count(*)::int FROM loose WHERE done IS NULL")
 		return n == 0, fmt.Sprintf("%d rows are not marked", n)
 	})
@@ -284,7 +284,7 @@ func TestRowsWithoutAnEventAreParked(t *testing.T) {
 	}
 
 	// A replay leaves alone what was mended.
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	out := s.ebb(t, "replay", "--aside", "--from", "trail", "--sink", "stdout").must(t)
 	if n := strings.Count(out.stdout, "\n"); n != 3 || !strings.Contains(out.stderr, "left out rows that make no event") || !strings.Contains(out.stderr, "rows=5") {
 		t.Errorf("replayed aside:\n%s%s", out.stdout, out.stderr)
@@ -318,7 +318,7 @@ func TestDiscarded(t *testing.T) {
 	if by := pgtest.Value[string](t, s.db, "SELECT decided_by FROM ebb.dead_letter WHERE state = 'discarded'"); by == "" {
 		t.Error("nobody has discarded it")
 	}
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	s.ebb(t, "replay", "--from", "trail").must(t)
 	bridge.stop(t)
 	equalIDs(t, "after the replay", j.taken, append(slices.Clone(want), want...))
@@ -338,7 +338,7 @@ func TestBlock(t *testing.T) {
 		return 200
 	})
 	bridge := s.streaming(t)
-	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		n := len(j.ids())
 		return n == 11, fmt.Sprintf("%d events were taken, want two and what the window holds", n)
 	})
@@ -446,7 +446,7 @@ func TestTooLargeForTheStreamIsParked(t *testing.T) {
 		`SELECT ebb.put('t', json_build_object('x', repeat('x', 100000)))`) // the last event of all
 	ids := s.ids(t)
 	s.awaitLetters(t, 5, "'parked'")
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	want := []string{ids[0], ids[1], ids[2], ids[4], ids[8]}
 	equalIDs(t, "delivered", streamIDs(t, broker), want)
 	bridge.kill()
@@ -456,7 +456,7 @@ func TestTooLargeForTheStreamIsParked(t *testing.T) {
 	s.awaitLetters(t, 6, "'parked'")
 	ids = s.ids(t)
 	want = append(want, ids[11])
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	equalIDs(t, "after a kill", streamIDs(t, broker), want)
 	// The two whose headers are wrong never fit.
 	s.ebb(t, "dead", "discard", ids[6], ids[7], "--yes").must(t)
@@ -476,8 +476,8 @@ func TestTooLargeForTheStreamIsParked(t *testing.T) {
 	bridge.kill() // before a tick, perhaps
 	bridge = s.streaming(t)
 	s.db.Exec(t, `SELECT ebb.put('t', '{}', 'a')`)
-	delivered(t, broker, 20*time.Second, 12)
-	s.confirms(t, 20*time.Second)
+	delivered(t, broker, 40*time.Second, 12)
+	s.confirms(t, 40*time.Second)
 	bridge.stop(t)
 	ids = s.ids(t)
 	got := streamIDs(t, broker)

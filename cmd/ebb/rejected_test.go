@@ -55,6 +55,6 @@ func TestMessageThatIsTooLarge(t *testing.T) {
 	bridge = s.run(t)
 	delivered(t, broker, 30*time.Second, len(ids))
 	equalIDs(t, "with a larger limit", streamIDs(t, broker), ids)
-	s.confirms(t, 10*time.Second)
+	s.confirms(t, 40*time.Second)
 	bridge.stop(t)
 }

@@ -47,13 +47,13 @@ func TestReplayFromEveryKindOfPlace(t *testing.T) {
 	}
 	fill()
 	delivered(t, broker, time.Minute, half)
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	time.Sleep(100 * time.Millisecond) // the clock of the commits is told apart by it
 	middle := time.Now()
 	time.Sleep(100 * time.Millisecond)
 	fill()
 	delivered(t, broker, time.Minute, 2*half)
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	first := broker.Messages(t, "EBB")[half]
 	at, err := event.ParsePosition(first.Header.Get("Ebb-Position"))
 	if err != nil {
@@ -177,7 +177,7 @@ func TestReplayWithoutABridge(t *testing.T) {
 		s.put(t, i)
 	}
 	delivered(t, broker, time.Minute, 5)
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	bridge.stop(t)
 
 	out := s.ebb(t, "replay", "--from", "trail").must(t).stdout
@@ -254,7 +254,7 @@ func TestReplayAside(t *testing.T) {
 		db.Exec(t, fmt.Sprintf("SELECT ebb.put('t%d', '{\"i\": %d}', 'k%d')", i%2, i, i%4))
 	}
 	delivered(t, broker, time.Minute, 40)
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	all := s.ids(t)
 	var every4 []string
 	for i := 1; i < 40; i += 4 {
@@ -333,7 +333,7 @@ func TestReplayOfOwnTablesAndMessages(t *testing.T) {
 		db.Exec(t, fmt.Sprintf(`BEGIN; INSERT INTO outbox VALUES ('a', 'g', 'glad', NULL, %d); SELECT ebb.emit('m', '{"n": %[1]d}'); SELECT ebb.put('p', '{}'); COMMIT`, i))
 	}
 	delivered(t, broker, time.Minute, 15)
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	first := epochs(t, broker)[1]
 	out := s.ebb(t, "replay", "--aside", "--from", first[3], "--sink", "stdout").must(t)
 	var printed []string
@@ -372,7 +372,7 @@ func TestReplayKilledAtRandom(t *testing.T) {
 	put(300)
 	first := s.streaming(t)
 	delivered(t, broker, time.Minute, 300)
-	s.confirms(t, 20*time.Second)
+	s.confirms(t, 40*time.Second)
 	first.stop(t)
 
 	ask := func() { // for another replay, if the last one has ended

@@ -139,9 +139,9 @@ func TestStatus(t *testing.T) {
 
 	// Somebody does.
 	bridge := s.streaming(t)
-	delivered(t, broker, 20*time.Second, 1)
+	delivered(t, broker, 40*time.Second, 1)
 	position := broker.Messages(t, "EBB")[0].Header.Get("Ebb-Position")
-	pgtest.Eventually(t, 10*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		v = s.statusJSON(t, exitOK)
 		return v["backlog"].(map[string]any)["events"] == 0.0, fmt.Sprint(v["backlog"])
 	})

@@ -25,11 +25,11 @@ func TestStdoutSink(t *testing.T) {
 		`BEGIN; SELECT ebb.put('a.b', '[ 2 ]'); SELECT ebb.put('c', '"line\nbreak \u2028"'); COMMIT`,
 		"INSERT INTO ebb.buffer (topic, payload) SELECT 'many', to_json(n) FROM generate_series(1, 5000) n")
 	ids := s.ids(t)
-	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		n := strings.Count(bridge.stdout.String(), "\n")
 		return n >= len(ids), fmt.Sprintf("%d of %d lines", n, len(ids))
 	})
-	s.confirms(t, 10*time.Second)
+	s.confirms(t, 40*time.Second)
 	bridge.stop(t)
 
 	type line struct {
@@ -86,7 +86,7 @@ func TestStdoutSink(t *testing.T) {
 	// What a run has delivered, the next one does not repeat.
 	id := s.put(t, 7)
 	bridge = s.streaming(t)
-	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		return strings.Contains(bridge.stdout.String(), "\n"), "no line"
 	})
 	bridge.stop(t)
@@ -107,14 +107,14 @@ func TestStdoutWithoutReader(t *testing.T) {
 	before := s.confirmed(t)
 	s.db.Exec(t, "INSERT INTO ebb.buffer (topic, payload) SELECT 'many', to_json(n) FROM generate_series(1, 20000) n")
 	s.db.Exec(t, "INSERT INTO ebb.buffer (topic, payload) SELECT 'many', to_json(n) FROM generate_series(1, 20000) n")
-	if code := bridge.ended(t, 20*time.Second); code != exitFailed && code != -1 { // -1: SIGPIPE
+	if code := bridge.ended(t, 30*time.Second); code != exitFailed && code != -1 { // -1: SIGPIPE
 		t.Errorf("exit code %d", code)
 	}
 	if got := s.confirmed(t); got < before {
 		t.Errorf("confirmed went back from %s to %s", before, got)
 	}
 	bridge = s.streaming(t)
-	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		n := strings.Count(bridge.stdout.String(), "\n")
 		return n >= 20000, fmt.Sprintf("%d lines", n)
 	})
@@ -161,7 +161,7 @@ func TestHTTPSink(t *testing.T) {
 		defer mu.Unlock()
 		return len(accepted) >= len(ids), fmt.Sprintf("%d of %d events", len(accepted), len(ids))
 	})
-	s.confirms(t, 10*time.Second)
+	s.confirms(t, 40*time.Second)
 	bridge.stop(t)
 
 	mu.Lock()

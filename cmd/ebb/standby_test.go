@@ -69,7 +69,7 @@ func TestFrozenLeader(t *testing.T) {
 	signal(leader, syscall.SIGSTOP)
 	began := time.Now()
 	before := len(s.ids(t))
-	pgtest.Eventually(t, 10*time.Second, func() (bool, string) { return len(s.ids(t)) > before+200, "nothing is produced" })
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) { return len(s.ids(t)) > before+200, "nothing is produced" })
 	pause.Lock() // there is enough to deliver
 	standby.logs(t, 30*time.Second, "this bridge leads")
 	pause.Unlock()
@@ -84,8 +84,8 @@ func TestFrozenLeader(t *testing.T) {
 	producing.Wait()
 
 	want := s.ids(t)
-	delivered(t, broker, 20*time.Second, len(want))
-	s.confirms(t, 20*time.Second)
+	delivered(t, broker, 40*time.Second, len(want))
+	s.confirms(t, 40*time.Second)
 	leader.stop(t)
 	equalIDs(t, "the stream", streamIDs(t, broker), want)
 	var last event.Position

@@ -354,8 +354,8 @@ func TestKillsAndRestarts(t *testing.T) {
 		n := int(stream.CachedInfo().State.Msgs)
 		return n >= len(ids), fmt.Sprintf("the stream holds %d of %d messages", n, len(ids))
 	})
-	s.confirms(t, 20*time.Second)
-	pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+	s.confirms(t, 40*time.Second)
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		status := s.statusJSON(t, exitOK)
 		backlog := status["backlog"].(map[string]any)
 		return backlog["events"] == 0.0, fmt.Sprintf("the backlog is %v", backlog)

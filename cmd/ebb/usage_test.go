@@ -170,7 +170,7 @@ func TestSetupRefusesWhatCannotWork(t *testing.T) {
 		if r.code != exitFailed || !strings.Contains(r.stderr, "who is in the way") || !strings.Contains(r.stderr, "--timeout") {
 			t.Errorf("exit code %d, %s", r.code, r.stderr)
 		}
-		pgtest.Eventually(t, 10*time.Second, func() (bool, string) {
+		pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 			n := pgtest.Value[int](t, s.db, "SELECT count(*)::int FROM pg_replication_slots WHERE slot_name = $1", s.db.Name)
 			return n == 0, "a slot is left over"
 		})
@@ -223,9 +223,9 @@ func TestRunRefusesWhatWaitingCannotMend(t *testing.T) {
 	bridge := start(t, nil, s.args("run", "--postgres", s.urlOf(name))...)
 	bridge.logs(t, 20*time.Second, "msg=streaming")
 	s.put(t, 1)
-	delivered(t, broker, 10*time.Second, 1)
+	delivered(t, broker, 40*time.Second, 1)
 	// The tick needs rights of its own.
-	pgtest.Eventually(t, 10*time.Second, func() (bool, string) {
+	pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 		n := pgtest.Value[int](t, db, "SELECT count(*)::int FROM ebb.backlog")
 		return n == 0, fmt.Sprintf("%d events in the backlog", n)
 	})
@@ -249,7 +249,7 @@ func TestRunRefusesWhatWaitingCannotMend(t *testing.T) {
 			receiver.Process.Kill()
 			receiver.Wait()
 		}()
-		pgtest.Eventually(t, 10*time.Second, func() (bool, string) {
+		pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 			return pgtest.Value[bool](t, db, "SELECT active FROM pg_replication_slots WHERE slot_name = $1", db.Name), output.String()
 		})
 		s.fails(t, "run", db.Name, "in use", "pg_recvlogical", "no bridge")
@@ -260,7 +260,7 @@ func TestRunRefusesWhatWaitingCannotMend(t *testing.T) {
 	t.Run("publication dropped under way", func(t *testing.T) {
 		bridge := s.streaming(t)
 		db.Exec(t, "DROP PUBLICATION "+db.Name)
-		if code := bridge.ended(t, 20*time.Second); code != exitFailed {
+		if code := bridge.ended(t, 30*time.Second); code != exitFailed {
 			t.Errorf("exit code %d, want %d", code, exitFailed)
 		}
 		result{exitFailed, "", bridge.stderr.String()}.fails(t, exitFailed, "publication", "ebb setup")
@@ -286,7 +286,7 @@ func TestRunWaits(t *testing.T) {
 	}
 	bridge.logs(t, 20*time.Second, "waiting for the stream")
 	broker.Start(t)
-	delivered(t, broker, 20*time.Second, 1)
+	delivered(t, broker, 40*time.Second, 1)
 	equalIDs(t, "the stream", streamIDs(t, broker), []string{id})
 	if bridge.stdout.String() != "" {
 		t.Errorf("printed as data: %s", bridge.stdout.String())
@@ -338,7 +338,7 @@ func TestSignals(t *testing.T) {
 				if i == 0 {
 					// It is stopped in the middle of its work.
 					js := broker.JetStream(t)
-					pgtest.Eventually(t, 20*time.Second, func() (bool, string) {
+					pgtest.Eventually(t, 30*time.Second, func() (bool, string) {
 						stream, err := js.Stream(t.Context(), "EBB")
 						return err == nil && stream.CachedInfo().State.Msgs > uint64(round*9000), "nothing is delivered"
 					})
@@ -357,13 +357,13 @@ func TestSignals(t *testing.T) {
 		bridge := s.streaming(t)
 		delivered(t, broker, 30*time.Second, len(ids))
 		equalIDs(t, "the stream", streamIDs(t, broker), ids)
-		s.confirms(t, 10*time.Second)
+		s.confirms(t, 40*time.Second)
 		bridge.stop(t)
 	})
 	t.Run("interrupt", func(t *testing.T) {
 		bridge := s.streaming(t)
 		bridge.cmd.Process.Signal(os.Interrupt)
-		if code := bridge.ended(t, 10*time.Second); code != exitOK {
+		if code := bridge.ended(t, 30*time.Second); code != exitOK {
 			t.Errorf("exit code %d, want %d", code, exitOK)
 		}
 	})
@@ -394,7 +394,7 @@ func TestSignals(t *testing.T) {
 		bridge.endsBySecondSignal(t)
 		broker.Start(t)
 		bridge = s.streaming(t)
-		delivered(t, broker, 20*time.Second, len(s.ids(t)))
+		delivered(t, broker, 40*time.Second, len(s.ids(t)))
 		bridge.stop(t)
 	})
 }
@@ -431,10 +431,10 @@ func TestTakeOver(t *testing.T) {
 	standby := s.run(t)
 	standby.logs(t, 20*time.Second, "standing by")
 	s.put(t, 1)
-	delivered(t, broker, 10*time.Second, 1)
+	delivered(t, broker, 40*time.Second, 1)
 	leader.kill()
 	s.put(t, 2)
-	delivered(t, broker, 10*time.Second, 2)
+	delivered(t, broker, 40*time.Second, 2)
 	equalIDs(t, "the stream", streamIDs(t, broker), s.ids(t))
 	standby.stop(t)
 }
