@@ -443,10 +443,12 @@ func TestNothingIsSetAsideWhenDown(t *testing.T) {
 		}
 	}
 	down.Store(false)
+	for _, s := range all {
+		s.server.CloseClientConnections() // one that still hung while others went on would be set aside
+	}
 	close(stop)
 	feeders.Wait()
 	for _, s := range all {
-		s.server.CloseClientConnections()
 		s.finish()
 		if got := letters(s.dead); len(got) > 0 {
 			t.Errorf("%s: kept %v", s.name, got)
