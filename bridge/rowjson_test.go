@@ -22,6 +22,7 @@ import (
 	"ebb/decode"
 	"ebb/event"
 	"ebb/internal/pgtest"
+	"ebb/internal/postgres"
 	"ebb/replication"
 	"ebb/sql"
 )
@@ -649,7 +650,7 @@ func TestRowsOfOwnTypes(t *testing.T) {
 	for i := range events {
 		reader.same(&events[i])
 	}
-	if reader.lookUps != 1 {
+	if n := reader.lookUps; n < 1 || n > 3 { // not for every row
 		t.Errorf("types were looked up %d times", reader.lookUps)
 	}
 }
@@ -739,7 +740,7 @@ func TestRowsOfLargeValues(t *testing.T) {
 // A composite type may be altered between its values, and between a row and its decoding. The server says nothing of that.
 func TestRowsOfAlteredTypes(t *testing.T) {
 	t.Parallel()
-	db := pgtest.New(t)
+	db := pgtest.NewServer(t, postgres.Config{}).New(t) // others could have the server send the relation anew, by many changes of theirs to the catalog
 	db.Exec(t, "CREATE TYPE thing AS (a int, b text)", "CREATE TYPE holder AS (t thing, l thing[])", "CREATE TABLE changing (n bigint, t thing, h holder)")
 	reader := newRowReader(t, db, "changing")
 	insert := func(n int, value string) {
@@ -795,7 +796,7 @@ func TestRowsOfUnknownAttributes(t *testing.T) {
 // Types that are read from the catalog now, behind rows of them, fit these if they can.
 func TestRowsFromBeforeTheirTypes(t *testing.T) {
 	t.Parallel()
-	db := pgtest.New(t)
+	db := pgtest.NewServer(t, postgres.Config{}).New(t) // see above
 	db.Exec(t, "CREATE TYPE grown AS (a int, b text)", "CREATE TYPE shrunk AS (a int, b text, c text)", "CREATE TABLE before (n bigint, g grown, gs grown[], s shrunk)")
 	reader := newRowReader(t, db, "before")
 	const rows = 50
