@@ -62,13 +62,19 @@ type ownTables struct {
 	db *pgxConn
 }
 
-// inspectOwn looks up the tables of one's own.
+// inspectOwn looks up the tables of one's own, whose rows are to be marked.
 func inspectOwn(ctx context.Context, db *pgxConn, cfg *Config) (*ownTables, error) {
+	o, err := lookUpOwn(ctx, db, cfg)
+	if err == nil {
+		err = sql.CheckRights(ctx, db, o.tables)
+	}
+	return o, err
+}
+
+// lookUpOwn looks up the tables of one's own.
+func lookUpOwn(ctx context.Context, db *pgxConn, cfg *Config) (*ownTables, error) {
 	inspected, err := sql.Inspect(ctx, db, Tables(cfg.Buffers))
 	if err != nil {
-		return nil, err
-	}
-	if err := sql.CheckRights(ctx, db, inspected); err != nil {
 		return nil, err
 	}
 	o := &ownTables{tables: inspected}

@@ -26,7 +26,7 @@ type tap struct {
 // openTap opens a tap that begins with the transactions that commit at or behind an LSN. The trailing slot must not be ahead of that.
 func openTap(ctx context.Context, cfg *Config, db *pgxConn, record sql.SlotRecord, from event.LSN) (_ *tap, err error) {
 	t := &tap{most: maxBatchEvents}
-	own, err := inspectOwn(ctx, db, cfg)
+	own, err := lookUpOwn(ctx, db, cfg)
 	if err != nil {
 		return nil, err
 	}

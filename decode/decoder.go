@@ -404,7 +404,7 @@ func (d *Decoder) leaveOut(id, own []byte) (bool, error) {
 	case d.more < d.skip.More:
 		d.more++
 		d.last = d.position
-	case d.skip.Held != nil && (d.skip.Held(id) || own != nil && d.skip.Held(own)):
+	case d.skip.Held != nil && d.skip.Held(id): // and not own, which may be the id of another table's row: nothing but the id is compared here
 	default:
 		return false, nil
 	}

@@ -142,9 +142,9 @@ func alsoFault(faults, more string) string {
 	return faults + ", and " + more
 }
 
-// excerpt is what a fault repeats of a column that is kept nowhere else.
+// excerpt is what a fault repeats of a column. There may be many such events at once.
 func excerpt(text []byte) string {
-	const most = 100_000
+	const most = 1000
 	if len(text) <= most {
 		return string(text)
 	}

@@ -49,7 +49,7 @@ type Event struct {
 
 // Size returns the number of bytes that the event's content takes, for limits on what is in flight.
 func (e *Event) Size() int {
-	n := len(e.ID) + len(e.Topic) + len(e.Key) + len(e.Payload)
+	n := len(e.ID) + len(e.Topic) + len(e.Key) + len(e.Payload) + len(e.Fault)
 	for _, h := range e.Headers {
 		n += len(h.Name) + len(h.Value)
 	}

@@ -52,7 +52,7 @@ const (
 	// queued is true of the rows that queues consist of.
 	queued = "state IN ('parked', 'retrying')"
 	// mended is true of a row whose event had a fault, which somebody has mended, when the event comes by again as it is in the log.
-	mended = "d.fault IS NULL AND excluded.fault IS NOT NULL"
+	mended = "coalesce(d.fault, '') = '' AND excluded.fault IS NOT NULL"
 	// term is that of the leader whose statement it is: no other one's applies, and none begins before it has ended.
 	term = "slot AS (SELECT name FROM ebb.slot WHERE name = $1 AND term = $2 FOR SHARE)"
 )
@@ -171,18 +171,20 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 					AND q.`+queued+` ORDER BY q.number LIMIT 1), l.state)
 			FROM slot, l ORDER BY l.n
 			ON CONFLICT (slot, event_id, place) DO UPDATE SET
-				(topic, key, payload, payload_bytes, content_type, headers, fault) = (
-					SELECT d.topic, d.key, d.payload, d.payload_bytes, d.content_type, d.headers, d.fault WHERE `+mended+`
+				(topic, payload, payload_bytes, content_type, headers, fault) = (
+					SELECT d.topic, d.payload, d.payload_bytes, d.content_type, d.headers, d.fault WHERE `+mended+`
 					UNION ALL
-					SELECT excluded.topic, excluded.key, excluded.payload, excluded.payload_bytes, excluded.content_type, excluded.headers, excluded.fault
+					SELECT excluded.topic, excluded.payload, excluded.payload_bytes, excluded.content_type, excluded.headers, excluded.fault
 					WHERE NOT (`+mended+`)),
-				number = DEFAULT, event_time = excluded.event_time, position = excluded.position, epoch = excluded.epoch, replay = excluded.replay,
-				state = CASE WHEN (excluded.reason = 'queued' OR `+mended+`) AND d.`+queued+` AND d.key IS NULL THEN d.state ELSE excluded.state END,
+				-- The bridge holds the key of the row.
+				number = DEFAULT, key = excluded.key, event_time = excluded.event_time, position = excluded.position, epoch = excluded.epoch, replay = excluded.replay,
+				state = CASE WHEN (excluded.reason = 'queued' OR `+mended+`) AND d.`+queued+` AND (excluded.key IS NULL OR d.key IS DISTINCT FROM excluded.key)
+					THEN d.state ELSE excluded.state END,
 				stream_seq = NULL, destination = NULL, decided_by = NULL, decided_at = NULL,
 				-- Why it waits does not change by that it has to wait behind others now.
 				reason = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.reason ELSE excluded.reason END,
 				detail = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.detail
-					WHEN excluded.reason <> 'queued' AND `+mended+` THEN 'it is mended here, and can be retried as it is' ELSE excluded.detail END,
+					WHEN excluded.reason <> 'queued' AND `+mended+` THEN 'what is kept here is not what the row says, and can be retried as it is' ELSE excluded.detail END,
 				attempts = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.attempts ELSE excluded.attempts END,
 				first_at = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.first_at ELSE excluded.first_at END,
 				last_at = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.last_at ELSE excluded.last_at END

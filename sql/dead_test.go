@@ -250,21 +250,23 @@ func TestMendedLettersStay(t *testing.T) {
 		l.Topic, l.Payload, l.Fault, l.Reason, l.Detail = "", nil, "topic is NULL", "impossible event", "topic is NULL"
 		return l
 	}
-	mended := []string{"1 a", "2 b", "3 ", "4 "} // and "5" is not
-	for i, name := range append(mended, "5 c") {
+	for i, name := range []string{"1 a", "2 b", "3 ", "4 ", "5 c", "6 ", "7 d"} { // all but "5" are mended
 		_, key, _ := strings.Cut(name, " ")
 		store(t, conn, r, faulty(1, uint64(i+1), key))
 	}
-	db.Exec(t, "UPDATE ebb.dead_letter SET fault = NULL, topic = 't', payload = '\"mended\"', headers = '{\"h\": \"v\"}', content_type = 'text/json' WHERE event_id <> '5'",
-		"UPDATE ebb.dead_letter SET state = 'delivered' WHERE event_id IN ('2', '3')", "UPDATE ebb.dead_letter SET state = 'retrying' WHERE event_id = '4'")
+	db.Exec(t, "UPDATE ebb.dead_letter SET fault = CASE WHEN event_id = '1' THEN '' END, topic = 't', payload = '\"mended\"', headers = '{\"h\": \"v\"}', content_type = 'text/json' WHERE event_id <> '5'",
+		"UPDATE ebb.dead_letter SET state = 'delivered' WHERE event_id IN ('2', '3')", "UPDATE ebb.dead_letter SET state = 'retrying' WHERE event_id = '4'",
+		"UPDATE ebb.dead_letter SET key = 'other' WHERE event_id IN ('6', '7')") // which does not last
 	later := faulty(2, 1, "a")
 	later.Reason = "queued"
-	store(t, conn, r, later, faulty(2, 2, "b"), faulty(2, 3, ""), faulty(2, 4, ""), faulty(2, 5, "c"))
-	got := pgtest.Value[[]string](t, db, "SELECT array_agg(concat_ws(' ', event_id, state, topic, key, coalesce(payload::text, '-'), headers, content_type, coalesce(fault, '-'), "+
+	passed, passedKeyed := faulty(2, 6, ""), faulty(2, 7, "d")
+	passed.Reason, passed.Retry, passedKeyed.Reason, passedKeyed.Retry = "queued", true, "queued", true
+	store(t, conn, r, later, faulty(2, 2, "b"), faulty(2, 3, ""), faulty(2, 4, ""), faulty(2, 5, "c"), passed, passedKeyed)
+	got := pgtest.Value[[]string](t, db, "SELECT array_agg(concat_ws(' ', event_id, state, topic, key, coalesce(payload::text, '-'), headers, content_type, coalesce(nullif(fault, ''), '-'), "+
 		"epoch, reason, detail) ORDER BY number) FROM ebb.dead_letter")
-	const content, again = `"mended" {"h": "v"} text/json - 2 impossible event `, "it is mended here, and can be retried as it is"
+	const content, again = `"mended" {"h": "v"} text/json - 2 impossible event `, "what is kept here is not what the row says, and can be retried as it is"
 	want := []string{"1 parked t a " + content + "topic is NULL", "2 parked t b " + content + again, "3 parked t " + content + again, "4 retrying t " + content + again,
-		"5 parked  c - application/json topic is NULL 2 impossible event topic is NULL"}
+		"5 parked  c - application/json topic is NULL 2 impossible event topic is NULL", "6 parked t " + content + "topic is NULL", "7 parked t d " + content + "topic is NULL"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
