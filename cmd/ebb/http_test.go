@@ -16,7 +16,7 @@ import (
 )
 
 // TestHTTPKills: a bridge that is killed time and again delivers everything, each key in order, under ids that stay the same, and sends again
-// no more than what was within the window.
+// no more than what was within the window, or what Postgres had yet to hear of.
 func TestHTTPKills(t *testing.T) {
 	const events, window, kills = 3000, 100, 6
 	type arrival struct {
