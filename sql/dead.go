@@ -51,7 +51,10 @@ const (
 	deadChannel = "ebb_dead"
 	// queued is true of the rows that queues consist of.
 	queued = "state IN ('parked', 'retrying')"
-	// mended is true of a row whose event had a fault, which somebody has mended, when the event comes by again as it is in the log.
+	// waitsOn is true of a row that waits, when its event comes by again and has to wait behind others.
+	waitsOn = "excluded.reason = 'queued' AND d." + queued
+	// mended is true of a row without a fault whose event comes by again with one, as it is in the log: somebody has mended the row, or the event was
+	// sound under an earlier mapping.
 	mended = "coalesce(d.fault, '') = '' AND excluded.fault IS NOT NULL"
 	// term is that of the leader whose statement it is: no other one's applies, and none begins before it has ended.
 	term = "slot AS (SELECT name FROM ebb.slot WHERE name = $1 AND term = $2 FOR SHARE)"
@@ -182,12 +185,12 @@ func storeLetters(ctx context.Context, db *pgx.Conn, r SlotRecord, letters []Let
 					THEN d.state ELSE excluded.state END,
 				stream_seq = NULL, destination = NULL, decided_by = NULL, decided_at = NULL,
 				-- Why it waits does not change by that it has to wait behind others now.
-				reason = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.reason ELSE excluded.reason END,
-				detail = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.detail
+				reason = CASE WHEN `+waitsOn+` THEN d.reason ELSE excluded.reason END,
+				detail = CASE WHEN `+waitsOn+` THEN d.detail
 					WHEN excluded.reason <> 'queued' AND `+mended+` THEN 'what is kept here is not what the row says, and can be retried as it is' ELSE excluded.detail END,
-				attempts = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.attempts ELSE excluded.attempts END,
-				first_at = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.first_at ELSE excluded.first_at END,
-				last_at = CASE WHEN excluded.reason = 'queued' AND d.`+queued+` THEN d.last_at ELSE excluded.last_at END
+				attempts = CASE WHEN `+waitsOn+` THEN d.attempts ELSE excluded.attempts END,
+				first_at = CASE WHEN `+waitsOn+` THEN d.first_at ELSE excluded.first_at END,
+				last_at = CASE WHEN `+waitsOn+` THEN d.last_at ELSE excluded.last_at END
 			WHERE d.epoch < excluded.epoch AND d.state <> 'discarded')
 		SELECT FROM slot`,
 		ids, topics, keys, payloads, contents, types, headers, times, positions, places, epochs, replays, reasons, details, attempts, firsts, lasts, states, faults)

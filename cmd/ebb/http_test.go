@@ -103,7 +103,7 @@ func TestHTTPKills(t *testing.T) {
 		t.Errorf("received all up to %d of %d", oldest, events)
 	}
 	t.Logf("%d events, %d sent again after %d kills", events, twice, kills)
-	if most := kills * (window + unheard/3); twice > most {
+	if most := kills * (window + unheard/3); twice > most { // not every kill comes at such a moment
 		t.Errorf("%d events were sent again after %d kills, want %d at most", twice, kills, most)
 	}
 }

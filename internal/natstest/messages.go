@@ -37,7 +37,7 @@ func messages(t testing.TB, urls, stream string) []Msg {
 		t.Fatal(err)
 	}
 	// A consumer on a replica that has been restarted may stand still: the next one begins again.
-	for attempt := range 3 {
+	for range 3 {
 		var messages []Msg
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 30*time.Second)
 		messages, err = read(ctx, js, stream)
@@ -45,9 +45,8 @@ func messages(t testing.TB, urls, stream string) []Msg {
 		if err == nil {
 			return messages
 		}
-		t.Logf("read the stream %s, attempt %d: %v", stream, attempt, err)
 	}
-	t.Fatal(err)
+	t.Fatalf("read the stream %s: %v", stream, err)
 	return nil
 }
 
